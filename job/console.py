@@ -50,7 +50,10 @@ class _TextHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = {"WARNING": "yellow", "ERROR": "bold red", "CRITICAL": "bold red"}.get(record.levelname)
-        self._console.print(self.format(record), style=style, soft_wrap=True, markup=False, highlight=False)
+        try:
+            self._console.print(self.format(record), style=style, soft_wrap=True, highlight=False)
+        except Exception:  # a library's faulty log call is reported, as by every handler of logging, and ends no run
+            self.handleError(record)
 
 
 class _Rate(ProgressColumn):
@@ -126,7 +129,9 @@ def start(log_format: str, stream: TextIO | None = None) -> Console:
     out = stream or sys.stdout
     as_text = log_format == "text" or (log_format == "auto" and out.isatty())
     # a pipe has no width of its own: give it one at which no figure of a table is folded
-    console = Console(RichConsole(file=out, width=None if out.isatty() else PIPE_WIDTH) if as_text else None)
+    width = None if out.isatty() else PIPE_WIDTH
+    # no markup: weights[v2].h5 would lose its brackets, [/x] raise an error, and :100: become a picture
+    console = Console(RichConsole(file=out, width=width, markup=False, emoji=False) if as_text else None)
     handler: logging.Handler
     if console.rich is not None:
         handler = _TextHandler(console.rich)
@@ -137,6 +142,6 @@ def start(log_format: str, stream: TextIO | None = None) -> Console:
     logging.getLogger("job").setLevel(logging.INFO)
     logging.captureWarnings(capture=True)
     # notices of TensorFlow's and TFDS's own deprecations: nothing that a user of the job could act on
-    for library in ("absl", "tensorflow"):
+    for library in ("absl", "tensorflow", "urllib3"):
         logging.getLogger(library).setLevel(logging.ERROR)
     return console

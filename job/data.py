@@ -90,11 +90,13 @@ class Source:
     label_key: str = field(repr=False)
 
 
-def open_source(settings: DataSettings) -> Source:
+def open_source(settings: DataSettings, *, prepare: bool = True) -> Source:
     """Find the data set, prepare it if need be, and check its features and splits.
 
     Args:
         settings: the data group. ``data_dir`` None means TFDS's own default folder.
+        prepare: whether a data set that is not prepared is, which may mean a long download. Where not, ConfigError
+            without a problem is raised for it: nothing can be said of its splits.
 
     Returns:
         The data set, ready for ``read_splits``.
@@ -104,7 +106,7 @@ def open_source(settings: DataSettings) -> Source:
             are malformed, unknown, empty or overlapping (all of them reported together).
         UnavailableError: the data set could not be downloaded, or its storage could not be reached.
     """
-    builder = _open_builder(settings)
+    builder = _open_builder(settings, prepare)
     image_key, label_key = _find_features(builder)
     # Asked only of a prepared set: some builders learn the names while they prepare.
     label = builder.info.features[label_key]
@@ -141,7 +143,7 @@ def open_source(settings: DataSettings) -> Source:
     )
 
 
-def _open_builder(settings: DataSettings) -> Any:
+def _open_builder(settings: DataSettings, prepare: bool) -> Any:
     dataset = settings.dataset
     is_path = "://" in dataset or dataset.startswith(("/", ".", "~")) or (Path(dataset) / "dataset_info.json").is_file()
     with _storage_errors(dataset if is_path else f"{dataset} in {settings.data_dir or 'the data folder of TFDS'}"):

@@ -61,7 +61,7 @@ def make(settings: Settings, machine: Runtime, folder: Path) -> Plan:
     except ConfigError as error:
         problems.extend(error.problems)
     try:
-        source = data.open_source(settings.data)
+        source = data.open_source(settings.data, prepare=not problems)
     except ConfigError as error:
         problems.extend(error.problems)
     if problems or store is None or model is None or source is None:
