@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -10,6 +10,7 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from job.model import Classifier, Cut
+from job.rows import Rows
 
 Statistics = list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
 
@@ -43,16 +44,21 @@ class Recalibrator:
 
         self._forward = tf.function(forward, autograph=False)
 
-    def recalibrate(self, batches: Iterable[npt.NDArray[np.generic]]) -> None:
-        """Leave the pooled statistics of ``batches`` (arrays [batch, ...] of rows) in the moving variables."""
+    def recalibrate(self, rows: Rows, index: npt.NDArray[np.int64], batch_size: int) -> None:
+        """Leave the statistics of the rows at ``index`` (int64 [n]) in the moving variables.
+
+        batch_size: as in training, since a layer's statistics are taken of inputs that earlier layers normalised by
+        the batch's own.
+        """
         momenta = [layer.momentum for layer in self.layers]
         for layer in self.layers:
             layer.momentum = 0.0
         count = 0
         sums: list[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]] = []
         try:
-            for batch in batches:
-                self._forward(tf.constant(batch))
+            for start in range(0, len(index), batch_size):
+                batch = index[start : start + batch_size]
+                self._forward(tf.constant(rows.values[batch]))
                 count += len(batch)
                 moments = [
                     (len(batch) * mean.astype(np.float64), len(batch) * (variance + mean.astype(np.float64) ** 2))

@@ -155,6 +155,8 @@ def _open_builder(settings: DataSettings, prepare: bool) -> Any:
             builder = _builder_by_name(dataset, None)
         if not builder.is_prepared():
             _find_features(builder)  # before gigabytes are downloaded in vain
+            if not prepare:
+                raise ConfigError([])
             _prepare(builder, dataset)
     if not builder.info.splits:
         raise ConfigError.of(

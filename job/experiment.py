@@ -12,8 +12,9 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from job import backbones, batch_norm, export, manifest, training
+from job import backbones, export, manifest, training
 from job.arms import ARMS, Arm, Part, Phase, Recipe
+from job.batch_norm import Recalibrator
 from job.console import Console
 from job.evaluation import Predictions, predict
 from job.features import Features, mean_and_deviation
@@ -139,7 +140,7 @@ class Experiment:
         phases = arm.phases(self._recipe)
         if not arm.pretrained:
             cut = classifier.cut(Part.ALL)
-            return tuple(self._stage(phase, cut, index) for phase in phases)
+            return tuple(self._stage(classifier, phase, cut, index) for phase in phases)
         cached = self._plan.settings.runtime.feature_cache == "auto"
         # with fine_tune in the run, the pooled rows are made from the rows at its cut: its trunk runs once for both
         before = classifier.cut(Part.TAIL) if cached and "fine_tune" in self._plan.settings.training.arms else None
@@ -150,12 +151,15 @@ class Experiment:
             Part.HEAD: pooled if cached else classifier.cut(Part.HEAD, at_pixels=True),
             Part.TAIL: before if before is not None else classifier.cut(Part.TAIL, at_pixels=not cached),
         }
-        return tuple(self._stage(phase, cuts[phase.trains], index, before) for phase in phases)
+        return tuple(self._stage(classifier, phase, cuts[phase.trains], index, before) for phase in phases)
 
-    def _stage(self, phase: Phase, cut: Cut, index: npt.NDArray[np.int64], before: Cut | None = None) -> training.Stage:
+    def _stage(
+        self, classifier: Classifier, phase: Phase, cut: Cut, index: npt.NDArray[np.int64], before: Cut | None = None
+    ) -> training.Stage:
         before = before if before is not None and before.name != cut.name else None
         train, validation = (self._features.rows(cut, split, before) for split in ("train", "validation"))
-        return training.Stage(phase, cut, train, index, validation)
+        recalibrator = Recalibrator(classifier, cut) if phase.trains_batch_norm and classifier.batch_norms() else None
+        return training.Stage(phase, cut, train, index, validation, recalibrator)
 
     def _test(self, classifier: Classifier, stage: training.Stage) -> tuple[Predictions, manifest.BatchNorm | None]:
         """Return the composed model's predictions from the test split's pixels.
@@ -164,14 +168,10 @@ class Experiment:
         """
         pixels = self._pixels["test"]
         logits_of = classifier.inference(classifier.cut(Part.ALL))
-        if not (stage.phase.trains_batch_norm and classifier.batch_norms()):
+        if stage.recalibrator is None:
             return predict(logits_of, pixels), None
         raw = float(predict(logits_of, pixels).correct.mean())
-        size = self._plan.settings.training.batch_size
-        recalibrator = batch_norm.Recalibrator(classifier, stage.cut)
-        recalibrator.recalibrate(
-            stage.train.values[stage.index[start : start + size]] for start in range(0, len(stage.index), size)
-        )
+        stage.recalibrator.recalibrate(stage.train, stage.index, self._plan.settings.training.batch_size)
         test = predict(logits_of, pixels)
         recalibrated = float(test.correct.mean())
         return test, manifest.BatchNorm(test_accuracy_raw=raw, test_accuracy_recalibrated=recalibrated)

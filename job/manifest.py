@@ -5,10 +5,17 @@ Every reader of a bucket depends on these names. A change to one is a change of 
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, StringConstraints, model_serializer
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+)
 
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 
@@ -211,7 +218,7 @@ class Manifest(Record):
 
     schema_version: Literal["1.0"]
     run_id: str
-    created: datetime
+    created: AwareDatetime
     fingerprint: Sha256
     settings: dict[str, Any]
     environment: Environment

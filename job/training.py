@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from job import batch_norm
-from job.arms import Phase
+from job.arms import Part, Phase
+from job.batch_norm import Recalibrator
 from job.console import Console
+from job.errors import ConfigError
 from job.features import run_over
 from job.manifest import Epoch
 from job.model import Classifier, Cut
@@ -34,13 +37,17 @@ VALIDATION_CALIBRATION_ROWS = 512
 
 @dataclass(frozen=True)
 class Stage:
-    """A phase with its rows, at one cut. index: int64 [n], the rows of ``train`` that are trained on."""
+    """A phase with its rows, at one cut.
+
+    index: int64 [n], the rows of ``train`` that are trained on. recalibrator: for a phase that trains BatchNorm.
+    """
 
     phase: Phase
     cut: Cut
     train: Rows
     index: npt.NDArray[np.int64]
     validation: Rows
+    recalibrator: Recalibrator | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,6 @@ class _PhaseRun:
         self._correct = tf.Variable(0, dtype=tf.int32)
         self._step = self._make_step(xla)
         self._predict = classifier.inference(stage.cut)
-        self._recalibrator = batch_norm.Recalibrator(classifier, stage.cut) if stage.phase.trains_batch_norm else None
 
     def _make_step(self, xla: bool) -> Callable[..., None]:
         phase, cut, head = self._stage.phase, self._stage.cut, self._classifier.head
@@ -156,6 +162,13 @@ class _PhaseRun:
             self._step(tf.constant(rows.values[index]), tf.constant(rows.labels[index]), dropout_seed)
             advance(len(index))
         examples = len(order)
+        if not math.isfinite(float(self._loss_sum)):
+            tail = phase.trains is Part.TAIL
+            raise ConfigError.of(
+                "TRANSFER_FINE_TUNE_LEARNING_RATE" if tail else "TRANSFER_LEARNING_RATE",
+                f"the training loss is {float(self._loss_sum)} in epoch {number} ({phase.name} phase) at a peak rate of "
+                f"{phase.learning_rate:g}; give a lower rate",
+            )
         loss, accuracy = self._validate(order)
         return Epoch(
             epoch=number,
@@ -173,15 +186,14 @@ class _PhaseRun:
         Where BatchNorm trains, this is done with statistics re-estimated on some of the training rows, and the
         moving averages are put back: with momentum 0.999 their own curve would be flat at chance.
         """
-        validation = self._stage.validation
-        if self._recalibrator is None:
+        validation, recalibrator = self._stage.validation, self._stage.recalibrator
+        if recalibrator is None:
             logits = run_over(self._predict, validation.values)
         else:
-            kept = batch_norm.statistics(self._recalibrator.layers)
-            sample = self._batches(order[:VALIDATION_CALIBRATION_ROWS])
-            self._recalibrator.recalibrate(self._stage.train.values[index] for index in sample)
+            kept = batch_norm.statistics(recalibrator.layers)
+            recalibrator.recalibrate(self._stage.train, order[:VALIDATION_CALIBRATION_ROWS], self._batch_size)
             logits = run_over(self._predict, validation.values)
-            batch_norm.assign(self._recalibrator.layers, kept)
+            batch_norm.assign(recalibrator.layers, kept)
         loss = float(cross_entropy(logits, validation.labels).mean())
         return loss, float((logits.argmax(axis=1) == validation.labels).mean())
 

@@ -40,6 +40,8 @@ SMALL = [
     "ConvNeXtTiny",
 ]
 QUICK = ["VGG16@32", "ResNet50@32", "Xception@71", "MobileNet@128", "MobileNetV2@96"]
+# Keras's cache has other names for these two than their URLs have.
+PUBLISHED_AS = {"NASNetMobile": "NASNet-mobile-no-top.h5", "NASNetLarge": "NASNet-large-no-top.h5"}
 AUTOMATIC_NAME = re.compile(r"(conv2d|batch_normalization|activation|add|concatenate|separable_conv2d|re_lu)(_\d+)?")
 
 
@@ -394,7 +396,7 @@ if arguments["saved"]:
 def check_file_names(result: dict[str, Any], items: list[str]) -> None:
     for item in items:
         name, size = item.split("@")
-        expected = BACKBONES[name].weights_file_name(int(size))
+        expected = PUBLISHED_AS.get(name, BACKBONES[name].weights_file_name(int(size)))
         assert re.match(rf"URL fetch failure on https://\S+/{re.escape(expected)}:", result[item]), result[item]
 
 
@@ -428,8 +430,9 @@ def test_keras_fetches_the_file_that_the_table_names(closed_network: Any) -> Non
 
 
 @pytest.mark.slow
-def test_keras_fetches_the_file_that_the_table_names_for_every_backbone(tmp_path: Path) -> None:
-    items = [f"{name}@{row.minimum_size}" for name, row in BACKBONES.items()]
+@pytest.mark.parametrize("module", sorted({row.module for row in BACKBONES.values()}))
+def test_keras_fetches_the_files_that_the_table_names_for_a_whole_family(module: str, tmp_path: Path) -> None:
+    items = [f"{row.name}@{row.minimum_size}" for row in BACKBONES.values() if row.module == module]
     result = run_without_network(
         CLOSED_NETWORK, tmp_path, json.dumps({"fetch": items, "saved": None, "packaged": None})
     )

@@ -157,6 +157,7 @@ def of_two(confidence: list[float], correct: list[bool]) -> tuple[npt.NDArray[np
         pytest.param([0.6, 0.6], [True, True], 0.4, id="one bin, underconfident"),
         pytest.param([0.9, 0.9, 0.6, 0.6], [True, False, True, True], 0.4, id="gaps of two bins do not cancel"),
         pytest.param([0.95, 0.97], [True, False], 0.46, id="gaps within a bin are averaged"),
+        pytest.param([1.0, 0.95], [False, True], 0.475, id="certainty is in the last bin"),
         pytest.param([0.95] * 3 + [0.6], [True] * 3 + [False], (3 * 0.05 + 0.6) / 4, id="bins count by examples"),
     ],
 )
@@ -166,7 +167,7 @@ def test_calibration_error_by_hand(confidence: list[float], correct: list[bool],
 
 def test_calibration_error_in_a_single_bin_is_the_overall_gap() -> None:
     labels, probabilities = of_two([0.9, 0.9, 0.6, 0.6], [True, False, True, True])
-    assert calibration_error(labels, probabilities, bins=1) == pytest.approx(abs(0.75 - 0.75), abs=1e-12)
+    assert calibration_error(labels, probabilities, bins=1) == pytest.approx(0, abs=1e-12)
 
 
 def test_there_are_fifteen_bins_of_equal_width() -> None:
@@ -316,7 +317,7 @@ def test_whatever_is_called_different_has_an_interval_on_one_side_of_zero() -> N
     significant = 0
     for only_b in range(5):
         for only_a in range(only_b, 25):
-            for agree in (0, 30, 2000):
+            for agree in (1, 30, 2000):
                 if (found := paired_test(*models(agree, only_a, only_b))).p_value < 0.05:
                     significant += 1
                     assert found.interval[0] > 0, (only_a, only_b, agree)

@@ -1,0 +1,105 @@
+"""A small real experiment for all tests: generated photos, a weights file of the smallest usual backbone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+CLASSES = ("cat", "dog", "owl")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process of the job that ended: exit code, and its log lines parsed."""
+
+    code: int
+    lines: list[dict[str, Any]]
+    errors: str
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line["message"] for line in self.lines)
+
+
+def run_job(environment: dict[str, str], *arguments: str, cwd: Path | None = None) -> Finished:
+    """Run ``python -m job`` as a process with this environment and nothing of ours in it."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRANSFER_", "AIP_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "job", *arguments],
+        cwd=cwd or ROOT,
+        env=kept | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return Finished(done.returncode, lines, done.stderr + done.stdout)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared TFDS directory: 120 photos of three classes, one of them undecodable."""
+    from tests.photos import write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("tfds"), "pets", {"train": 120}, CLASSES, size=40, bad=(50,))
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights file for MobileNet without top; its values are random, its format is Keras's own."""
+    import keras
+
+    from job.backbone_table import BACKBONES
+    from job.backbones import build
+
+    keras.utils.set_random_seed(7)
+    path = tmp_path_factory.mktemp("weights") / "mobilenet.h5"
+    build(BACKBONES["MobileNet"], 32).save_weights(path.with_suffix(".weights.h5"))
+    return path.with_suffix(".weights.h5")
+
+
+@pytest.fixture(scope="session")
+def small(photos: Path, weights: Path) -> dict[str, str]:
+    """The environment of the smallest comparison that has everything; TRANSFER_OUTPUT_URI is the test's to add."""
+    return {
+        "TRANSFER_DATASET": str(photos),
+        "TRANSFER_TRAIN_SPLIT": "train[:60%]",
+        "TRANSFER_VALIDATION_SPLIT": "train[60%:80%]",
+        "TRANSFER_TEST_SPLIT": "train[80%:]",
+        "TRANSFER_BACKBONE": "MobileNet",
+        "TRANSFER_IMAGE_SIZE": "32",
+        "TRANSFER_WEIGHTS": str(weights),
+        "TRANSFER_EPOCHS": "2",
+        "TRANSFER_BATCH_SIZE": "16",
+        "TRANSFER_FINE_TUNE_FROM": "conv_pw_12",
+        "TRANSFER_DETERMINISTIC": "true",
+        "TRANSFER_MAX_BAD_IMAGES": "0.05",
+    }
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published run: how the process ended, where the run lies, and its manifest."""
+
+    process: Finished
+    folder: Path
+    manifest: dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def published(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """The small comparison, run once by the real command and published to a local folder."""
+    output = tmp_path_factory.mktemp("output")
+    process = run_job(small | {"TRANSFER_OUTPUT_URI": str(output), "TRANSFER_COST_PER_HOUR": "3.6"})
+    assert process.code == 0, process.errors
+    (folder,) = output.iterdir()
+    return Published(process, folder, json.loads((folder / "manifest.json").read_text()))

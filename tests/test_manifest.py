@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from pydantic import BaseModel, ValidationError
+
+from job import manifest
+from job.manifest import SCHEMA_VERSION, Manifest, Record, json_schema
+
+# The names that readers of a bucket depend on, in the order of the README. The settings' own names are free here.
+METRICS = ["examples", "loss", "accuracy", "accuracy_interval", "auc", "calibration_error", "confusion", "per_class"]
+PER_CLASS = ["name", "precision", "recall", "f1", "support"]
+SPLITS = ["train", "validation", "test"]
+RESULT = [
+    *("arm", "train_fraction", "seed", "train_examples", "resumed", "parameters", "history", "metrics", "batch_norm"),
+    *("seconds", "examples_per_second", "cost", "saved_model"),
+]
+NAMES = {
+    "": [
+        *("schema_version", "run_id", "created", "fingerprint", "settings", "environment", "dataset", "backbone"),
+        *("results", "comparisons", "artifacts"),
+    ],
+    "environment": [
+        *("python", "tensorflow", "keras", "tensorflow_datasets", "job"),
+        *("devices", "workers", "precision", "xla", "deterministic"),
+    ],
+    "dataset": ["name", "version", "classes", "skipped_examples", "duplicates_across_splits", "splits"],
+    "dataset.splits": SPLITS,
+    **{f"dataset.splits.{split}": ["expression", "examples"] for split in SPLITS},
+    "backbone": ["name", "image_size", "layers", "parameters", "weights"],
+    "backbone.weights": ["source", "sha256"],
+    "results": RESULT,
+    "results.parameters": ["total", "trainable", "backbone_trainable"],
+    "results.history": [
+        *("epoch", "phase", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "seconds"),
+    ],
+    "results.metrics": SPLITS,
+    **{f"results.metrics.{split}": METRICS for split in SPLITS},
+    **{f"results.metrics.{split}.per_class": PER_CLASS for split in SPLITS},
+    "results.batch_norm": ["test_accuracy_raw", "test_accuracy_recalibrated"],
+    "results.seconds": ["data", "features", "training", "evaluation", "export", "total"],
+    "comparisons": ["train_fraction", "better", "worse", "difference", "interval", "p_value", "method", "verdict"],
+    "artifacts": ["path", "bytes", "sha256", "crc32c"],
+}
+
+Path = tuple[str | int, ...]
+
+
+def split_metrics(examples: int) -> dict[str, Any]:
+    half = examples // 2
+    return {
+        "examples": examples,
+        "loss": 0.51,
+        "accuracy": 0.5,
+        "accuracy_interval": [0.25, 0.75],
+        "auc": 0.875,
+        "calibration_error": 0.125,
+        "confusion": [[half, 0], [half, 0]],
+        "per_class": [
+            {"name": "cat", "precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": half},
+            {"name": "dog", "precision": 0.0, "recall": 0.0, "f1": 0.0, "support": half},
+        ],
+    }
+
+
+def complete() -> dict[str, Any]:
+    """Return a manifest in which nothing is left out, as JSON values."""
+    seconds = ("data", "features", "training", "evaluation", "export", "total")
+    sizes = {"train": 30, "validation": 10, "test": 12}
+    return {
+        "schema_version": "1.0",
+        "run_id": "cats_vs_dogs-MobileNetV2-0123456789ab",
+        "created": "2025-01-02T03:04:05Z",
+        "fingerprint": "0" * 64,
+        "settings": {"dataset": "cats_vs_dogs", "train_fractions": [1.0], "run_id": None, "deterministic": False},
+        "environment": {
+            **dict.fromkeys(("python", "tensorflow", "keras", "tensorflow_datasets", "job"), "1.2.3"),
+            "devices": ["CPU"],
+            "workers": 1,
+            "precision": "float32",
+            "xla": False,
+            "deterministic": False,
+        },
+        "dataset": {
+            "name": "cats_vs_dogs",
+            "version": "4.0.1",
+            "classes": ["cat", "dog"],
+            "skipped_examples": 1,
+            "duplicates_across_splits": 0,
+            "splits": {name: {"expression": f"{name}[:{size}]", "examples": size} for name, size in sizes.items()},
+        },
+        "backbone": {
+            "name": "MobileNetV2",
+            "image_size": 160,
+            "layers": 154,
+            "parameters": 2257984,
+            "weights": {"source": "gs://bucket/weights.h5", "sha256": "a" * 64},
+        },
+        "results": [
+            {
+                "arm": "scratch",
+                "train_fraction": 1.0,
+                "seed": 0,
+                "train_examples": 30,
+                "resumed": 0,
+                "parameters": {"total": 2260546, "trainable": 2226434, "backbone_trainable": 2223872},
+                "history": [
+                    {
+                        "epoch": 1,
+                        "phase": "all",
+                        "train_loss": 0.7,
+                        "train_accuracy": 0.5,
+                        "validation_loss": 0.69,
+                        "validation_accuracy": 0.6,
+                        "seconds": 1.5,
+                    }
+                ],
+                "metrics": {name: split_metrics(size) for name, size in sizes.items()},
+                "batch_norm": {"test_accuracy_raw": 0.4, "test_accuracy_recalibrated": 0.5},
+                "seconds": dict.fromkeys(seconds, 1.25),
+                "examples_per_second": 20.0,
+                "cost": 0.25,
+                "saved_model": "arms/scratch/fraction-1/seed-0/saved_model",
+            }
+        ],
+        "comparisons": [
+            {
+                "train_fraction": 1.0,
+                "better": "fine_tune",
+                "worse": "scratch",
+                "difference": 0.1,
+                "interval": [-0.05, 0.25],
+                "p_value": 0.3,
+                "method": "McNemar",
+                "verdict": "No difference shown.",
+            }
+        ],
+        "artifacts": [{"path": "report.html", "bytes": 5, "sha256": "f" * 64, "crc32c": "yZRlqg=="}],
+    }
+
+
+def places(value: Any, at: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield every value in a document, but those inside the settings, with where it stands."""
+    yield at, value
+    if at != ("settings",):
+        inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, each in inside:
+            yield from places(each, (*at, key))
+
+
+def changed(at: Path, *value: Any) -> dict[str, Any]:
+    """Return the complete manifest with another value at one place, or without it if none is given."""
+    document = complete()
+    parent: Any = document
+    for key in at[:-1]:
+        parent = parent[key]
+    if value:
+        parent[at[-1]] = value[0]
+    else:
+        del parent[at[-1]]
+    return document
+
+
+def accepted(document: dict[str, Any]) -> bool:
+    """Return whether a reader with the schema takes the document; the program must say the same."""
+    by_schema = Draft202012Validator(json_schema()).is_valid(document)
+    try:
+        Manifest.model_validate_json(json.dumps(document))
+    except ValidationError:
+        assert not by_schema
+        return False
+    assert by_schema
+    return True
+
+
+def names(document: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the names in each object of a document, in order, under where it stands, whatever the entry of a list."""
+    return {
+        ".".join(key for key in at if isinstance(key, str)): list(value)
+        for at, value in places(document)
+        if isinstance(value, dict) and at != ("settings",)
+    }
+
+
+def shown(at: Path) -> str:
+    return ".".join(map(str, at))
+
+
+FIELDS = [at for at, _ in places(complete()) if at and isinstance(at[-1], str)]
+OBJECTS = [at for at, value in places(complete()) if isinstance(value, dict) and at != ("settings",)]
+FLOATS = [at for at, value in places(complete()) if isinstance(value, float)]
+OPTIONAL = [("results", 0, "batch_norm"), ("results", 0, "cost")]
+
+
+def test_the_field_names_are_the_published_ones() -> None:
+    dumped = json.loads(Manifest.model_validate(complete()).to_json())
+    assert names(dumped) == NAMES
+
+
+def test_the_schema_describes_the_same_names() -> None:
+    schema = json_schema()
+    objects = [schema, *schema["$defs"].values()]
+    assert {tuple(each["properties"]) for each in objects} == {tuple(each) for each in NAMES.values()}
+
+
+def test_a_complete_manifest_round_trips_through_json() -> None:
+    record = Manifest.model_validate(complete())
+    data = record.to_json()
+    assert Manifest.model_validate_json(data) == record
+    assert Manifest.model_validate_json(data).to_json() == data
+    assert json.loads(data) == complete()
+
+
+def test_the_published_form_is_indented_utf8_with_a_newline_at_its_end() -> None:
+    document = changed(("dataset", "classes"), ["Käfer", "犬"])
+    data = Manifest.model_validate(document).to_json()
+    assert data.startswith(b'{\n  "schema_version": "1.0",\n')
+    assert data.endswith(b"\n}\n")
+    assert "Käfer" in data.decode("utf-8")
+
+
+def test_the_time_is_rfc_3339_in_utc() -> None:
+    record = Manifest.model_validate(changed(("created",), datetime(2025, 1, 2, 3, 4, 5, 678000, tzinfo=UTC)))
+    assert json.loads(record.to_json())["created"] == "2025-01-02T03:04:05.678000Z"
+
+
+def test_the_schema_is_a_valid_draft_2020_12_schema() -> None:
+    schema = json_schema()
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    Draft202012Validator.check_schema(schema)
+    assert json.loads(json.dumps(schema)) == schema
+
+
+def test_the_schema_accepts_what_is_published() -> None:
+    validator = Draft202012Validator(json_schema())
+    assert not list(validator.iter_errors(json.loads(Manifest.model_validate(complete()).to_json())))
+    assert accepted(complete())
+
+
+@pytest.mark.parametrize("at", OBJECTS, ids=shown)
+def test_an_extra_field_is_refused(at: Path) -> None:
+    assert not accepted(changed((*at, "extra"), 1))
+
+
+def test_settings_may_have_any_name() -> None:
+    assert accepted(changed(("settings", "extra"), 1))
+
+
+@pytest.mark.parametrize("at", [at for at in FIELDS if at not in OPTIONAL], ids=shown)
+def test_a_missing_field_is_refused(at: Path) -> None:
+    assert not accepted(changed(at))
+
+
+@pytest.mark.parametrize("at", OPTIONAL, ids=shown)
+def test_what_applies_to_some_results_only_may_be_missing(at: Path) -> None:
+    assert accepted(changed(at))
+
+
+@pytest.mark.parametrize(
+    "at", [("fingerprint",), ("backbone", "weights", "sha256"), ("artifacts", 0, "sha256")], ids=shown
+)
+@pytest.mark.parametrize("value", ["", "0" * 63, "0" * 65, "A" * 64, "g" * 64, " " + "0" * 64])
+def test_what_is_no_sha256_is_refused(at: Path, value: str) -> None:
+    assert not accepted(changed(at, value))
+
+
+@pytest.mark.parametrize("value", ["", "yZRlqg", "yZRlqg=", "yZRl_g==", "c99465aa", "yZRlqgAA=="])
+def test_what_is_no_crc32c_is_refused(value: str) -> None:
+    assert not accepted(changed(("artifacts", 0, "crc32c"), value))
+
+
+def test_every_number_is_looked_at() -> None:
+    assert ("results", 0, "metrics", "test", "per_class", 1, "f1") in FLOATS
+    assert len(FLOATS) > 50
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_refused_everywhere(value: float) -> None:
+    for at in FLOATS:
+        with pytest.raises(ValidationError):
+            Manifest.model_validate(changed(at, value))
+        # as Python's parser takes it, though it is no JSON
+        with pytest.raises(ValidationError):
+            Manifest.model_validate_json(json.dumps(changed(at, value)))
+
+
+def test_the_null_that_json_has_in_place_of_nan_is_refused() -> None:
+    nullable = [at for at in FLOATS if at[-1] == "auc"] + [("results", 0, "cost")]
+    for at in FLOATS:
+        assert accepted(changed(at, None)) == (at in nullable), at
+
+
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        (("schema_version",), "1.1"),
+        (("backbone", "image_size"), 0),
+        (("environment", "workers"), 0),
+        (("environment", "devices"), "CPU"),
+        (("dataset", "skipped_examples"), -1),
+        (("dataset", "skipped_examples"), 0.5),
+        (("results", 0, "train_fraction"), 0),
+        (("results", 0, "train_fraction"), 1.01),
+        (("results", 0, "metrics", "test", "accuracy"), 1.01),
+        (("results", 0, "metrics", "test", "accuracy_interval"), [0.5]),
+        (("results", 0, "metrics", "test", "accuracy_interval"), [0.1, 0.2, 0.3]),
+        (("results", 0, "metrics", "test", "confusion"), [[1, -1], [0, 1]]),
+        (("results", 0, "history", 0, "epoch"), 0),
+        (("results", 0, "seconds", "total"), -1),
+        (("comparisons", 0, "p_value"), 1.5),
+        (("artifacts", 0, "bytes"), -1),
+    ],
+    ids=lambda value: shown(value) if isinstance(value, tuple) else repr(value),
+)
+def test_a_value_that_cannot_be_is_refused(at: Path, value: Any) -> None:
+    assert not accepted(changed(at, value))
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "cost"])
+def test_what_does_not_apply_is_absent_not_null(name: str) -> None:
+    for document in (changed(("results", 0, name)), changed(("results", 0, name), None)):
+        (result,) = json.loads(Manifest.model_validate(document).to_json())["results"]
+        assert list(result) == [each for each in RESULT if each != name]
+
+
+def test_a_cost_of_zero_stays() -> None:
+    (result,) = json.loads(Manifest.model_validate(changed(("results", 0, "cost"), 0.0)).to_json())["results"]
+    assert result["cost"] == 0
+
+
+def test_an_auc_that_does_not_exist_is_null_not_absent() -> None:
+    at = ("results", 0, "metrics", "test", "auc")
+    assert json.loads(Manifest.model_validate(changed(at, None)).to_json()) == changed(at, None)
+    assert accepted(changed(at, None))
+    assert not accepted(changed(at))
+
+
+def test_weights_are_null_where_none_were_loaded() -> None:
+    document = changed(("backbone", "weights"), None)
+    assert json.loads(Manifest.model_validate(document).to_json()) == document
+    assert accepted(document)
+
+
+def test_the_version_is_the_published_one() -> None:
+    assert SCHEMA_VERSION == "1.0" == json_schema()["properties"]["schema_version"]["const"]
+
+
+def records(value: object) -> Iterator[BaseModel]:
+    if isinstance(value, BaseModel):
+        yield value
+        value = tuple(getattr(value, name) for name in type(value).model_fields)
+    if isinstance(value, tuple):
+        for each in value:
+            yield from records(each)
+
+
+def test_every_record_is_frozen() -> None:
+    found = list(records(Manifest.model_validate(complete())))
+    declared = {each for each in vars(manifest).values() if isinstance(each, type) and issubclass(each, Record)}
+    assert {type(record) for record in found} == declared - {Record}
+    for record in found:
+        before = copy.deepcopy(record)
+        for name in type(record).model_fields:
+            with pytest.raises(ValidationError, match="frozen"):
+                setattr(record, name, getattr(record, name))
+        assert record == before
+
+
+def test_no_list_in_a_record_can_grow() -> None:
+    record = Manifest.model_validate(complete())
+    test = record.results[0].metrics.test
+    lists = (record.results, record.artifacts, record.dataset.classes, test.confusion, test.confusion[0])
+    assert {type(each) for each in lists} == {tuple}
