@@ -166,8 +166,8 @@ class _PhaseRun:
             tail = phase.trains is Part.TAIL
             raise ConfigError.of(
                 "TRANSFER_FINE_TUNE_LEARNING_RATE" if tail else "TRANSFER_LEARNING_RATE",
-                f"the training loss is {float(self._loss_sum)} in epoch {number} ({phase.name} phase) at a peak rate of "
-                f"{phase.learning_rate:g}; give a lower rate",
+                f"the training loss is {float(self._loss_sum)} in epoch {number} ({phase.name} phase), "
+                f"at a peak rate of {phase.learning_rate:g}; give a lower rate",
             )
         loss, accuracy = self._validate(order)
         return Epoch(

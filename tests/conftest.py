@@ -55,16 +55,32 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A weights file for MobileNet without top; its values are random, its format is Keras's own."""
-    import keras
+    """A weights file for MobileNet without top, in Keras's own format.
 
+    Its values are random, but its BatchNorm statistics are those of photos: with the initial ones the activations
+    of so deep a network shrink to nothing, and every photo gets the same answer.
+    """
+    import keras
+    import numpy as np
+
+    from job.arms import Part
     from job.backbone_table import BACKBONES
-    from job.backbones import build
+    from job.backbones import build, preprocessing
+    from job.batch_norm import Recalibrator
+    from job.model import Classifier, Head
+    from job.rows import Rows
+    from tests.photos import photo
 
     keras.utils.set_random_seed(7)
-    path = tmp_path_factory.mktemp("weights") / "mobilenet.h5"
-    build(BACKBONES["MobileNet"], 32).save_weights(path.with_suffix(".weights.h5"))
-    return path.with_suffix(".weights.h5")
+    row = BACKBONES["MobileNet"]
+    model = Classifier(build(row, 32), preprocessing(row), Head(2), 0)
+    generator = np.random.default_rng(7)
+    pixels = np.stack([photo(generator, index % 3, 3, 32) for index in range(64)])
+    rows = Rows(("",) * 64, np.zeros(64, np.int32), pixels, (b"",) * 64)
+    Recalibrator(model, model.cut(Part.ALL)).recalibrate(rows, np.arange(64), 64)
+    path = tmp_path_factory.mktemp("weights") / "mobilenet.weights.h5"
+    model.backbone.save_weights(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,203 @@
+"""The loop, the rows it trains on, and BatchNorm's statistics, on real small models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from job import console
+from job.arms import Part, Phase
+from job.backbone_table import BACKBONES
+from job.backbones import build, preprocessing
+from job.batch_norm import Recalibrator, assign, statistics
+from job.errors import ConfigError
+from job.features import INFERENCE_BATCH, Features, mean_and_deviation, run_over
+from job.model import Classifier, Cut, Head
+from job.rows import Rows
+from job.runtime import derived_seed
+from job.settings import TrainingSettings
+from job.training import Stage, make_optimizer, train
+
+FEATURES = 6
+
+
+def rows_of(values: Any, labels: Any) -> Rows:
+    count = len(values)
+    return Rows(tuple(f"e{i}" for i in range(count)), np.asarray(labels, np.int32), values, (b"",) * count)
+
+
+@pytest.fixture
+def separable() -> Rows:
+    """Pooled rows [90, 6] of three classes that a linear head can tell apart."""
+    generator = np.random.default_rng(0)
+    labels = np.arange(90) % 3
+    values = generator.normal(0, 0.5, (90, FEATURES)).astype(np.float32)
+    values[np.arange(90), labels] += 3
+    return rows_of(values, labels)
+
+
+class Pooled:
+    """A model whose backbone was left behind: rows are pooled features, only the head is there."""
+
+    def __init__(self, seed: int = 0) -> None:
+        keras.utils.set_random_seed(seed)
+        self.head = Head(3, (8,), dropout=0.25)
+        self.head.build((None, FEATURES))
+
+    def trainable_variables(self, _part: Part) -> list[Any]:
+        return list(self.head.trainable_variables)
+
+    def inference(self, _cut: Cut) -> Any:
+        return tf.function(lambda rows: self.head(rows), autograph=False)
+
+
+POOLED = Cut("pooled", (FEATURES,), None, lambda rows, _: rows)
+
+
+def fit(rows: Rows, index: Any = None, **changes: Any) -> tuple[Pooled, Any]:
+    model = Pooled()
+    phase = Phase("head", Part.HEAD, 4, changes.pop("rate", 0.05))
+    chosen = np.arange(len(rows)) if index is None else index
+    stage = Stage(phase, POOLED, rows, chosen, rows)
+    settings = TrainingSettings(epochs=4, batch_size=changes.pop("batch_size", 16), **changes)
+    quiet = console.Console(None)
+    return model, train("frozen", model, (stage,), settings, seed=3, console=quiet)  # type: ignore[arg-type]
+
+
+def test_the_loop_learns_and_counts_every_example_once_an_epoch(separable: Rows) -> None:
+    _, trained = fit(separable)
+    assert [epoch.epoch for epoch in trained.history] == [1, 2, 3, 4]
+    assert trained.images == 4 * 90
+    assert trained.history[-1].validation_accuracy == 1.0
+    assert trained.history[-1].train_loss < trained.history[0].train_loss
+    # a share with 90 in the denominator: the last batch, of ten, was counted too
+    assert (trained.history[0].train_accuracy * 90) % 1 == pytest.approx(0, abs=1e-9)
+
+
+def test_the_same_seed_gives_the_same_weights_bit_for_bit(separable: Rows) -> None:
+    (one, _), (other, _) = fit(separable), fit(separable)
+    for a, b in zip(one.head.get_weights(), other.head.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_only_the_rows_at_the_index_are_trained_on(separable: Rows) -> None:
+    index = np.flatnonzero(separable.labels != 2)
+    spoiled = replace(separable, values=separable.values.copy())
+    spoiled.values[separable.labels == 2] = np.nan
+    _, trained = fit(separable, index)
+    _, same = fit(replace(spoiled, values=np.nan_to_num(spoiled.values)), index)
+    assert [e.train_loss for e in trained.history] == [e.train_loss for e in same.history]
+    assert trained.images == 4 * 60
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "sgd"])
+def test_every_optimizer_learns(separable: Rows, name: str) -> None:
+    _, trained = fit(separable, optimizer=name)
+    assert trained.history[-1].train_loss < trained.history[0].train_loss
+
+
+def test_the_rate_rises_to_its_peak_and_falls_to_zero() -> None:
+    schedule = make_optimizer("adam", 0.5, 100)._learning_rate
+    rates = [float(schedule(step)) for step in range(101)]
+    assert rates[0] == 0.0
+    assert max(rates) == pytest.approx(0.5)
+    assert rates.index(max(rates)) == 10
+    assert rates[100] == pytest.approx(0.0, abs=1e-6)
+    assert float(make_optimizer("adam", 0.5, 1)._learning_rate(0)) == pytest.approx(0.5)
+
+
+def test_a_loss_that_diverges_is_refused_by_the_name_of_its_rate(separable: Rows) -> None:
+    spoiled = replace(separable, values=separable.values * np.float32(3e37))
+    with pytest.raises(ConfigError, match="TRANSFER_LEARNING_RATE"):
+        fit(spoiled, rate=10.0)
+
+
+def test_derived_seeds_differ_by_every_argument() -> None:
+    seeds = {derived_seed(seed, purpose, step) for seed in (0, 1) for purpose in ("a", "b") for step in (0, 1)}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert derived_seed(5, "order", 2) == derived_seed(5, "order", 2)
+
+
+def test_rows_are_run_in_batches_of_one_shape_and_come_back_in_order() -> None:
+    shapes = []
+    values = np.arange(2 * INFERENCE_BATCH + 1, dtype=np.float32)[:, None]
+
+    def double(batch: Any) -> Any:
+        shapes.append(tuple(batch.shape))
+        return batch * 2
+
+    np.testing.assert_array_equal(run_over(double, values), values * 2)
+    assert set(shapes) == {(INFERENCE_BATCH, 1)}
+    np.testing.assert_array_equal(run_over(double, values, index=np.array([5, 2])), [[10], [4]])
+    with pytest.raises(ValueError, match="no rows"):
+        run_over(double, values[:0])
+
+
+def test_features_are_made_once_and_pooled_rows_come_from_the_cut_before(tmp_path: Path) -> None:
+    made = []
+
+    def trunk(pixels: Any) -> Any:
+        made.append("trunk")
+        return tf.cast(pixels, tf.float32)[:, 0, 0, :] + 1
+
+    def tail(rows: Any, _training: bool) -> Any:
+        made.append("tail")
+        return rows * 2
+
+    pixels = rows_of(np.arange(5 * 12, dtype=np.uint8).reshape(5, 2, 2, 3), range(5))
+    features = Features({"train": pixels}, tmp_path, console.Console(None))
+    before = Cut("middle", (3,), trunk, tail)
+    pooled = Cut("pooled", (3,), lambda _: pytest.fail("the whole trunk ran"), lambda rows, _: rows)
+    expected = (pixels.values[:, 0, 0, :].astype(np.float32) + 1) * 2
+    np.testing.assert_array_equal(features.rows(pooled, "train", before).values, expected)
+    again = features.rows(pooled, "train", before)
+    assert made == ["trunk", "tail"]  # each traced once
+    assert again.ids == pixels.ids
+
+
+def test_mean_and_deviation_never_blow_up_a_feature_that_hardly_varies() -> None:
+    values = np.random.default_rng(0).normal(2, 1, (1000, 4)).astype(np.float32)
+    values[:, 3] = 7
+    mean, deviation = mean_and_deviation(values)
+    np.testing.assert_allclose(mean, [2, 2, 2, 7], atol=0.1)
+    np.testing.assert_allclose(deviation[:3], 1.04, atol=0.05)
+    assert deviation[3] > 0.2
+
+
+@pytest.fixture(scope="module")
+def mobilenet() -> Classifier:
+    keras.utils.set_random_seed(3)
+    row = BACKBONES["MobileNet"]
+    return Classifier(build(row, 32), preprocessing(row), Head(2), 0)
+
+
+def test_recalibration_gives_the_statistics_of_all_rows(mobilenet: Classifier) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (24, 32, 32, 3)).astype(np.uint8)
+    rows = rows_of(pixels, np.zeros(24))
+    cut = mobilenet.cut(Part.ALL)
+    recalibrator = Recalibrator(mobilenet, cut)
+    layers = recalibrator.layers
+    kept, momenta = statistics(layers), [layer.momentum for layer in layers]
+    trained = [np.asarray(variable.value.numpy()) for variable in mobilenet.trainable_variables(Part.ALL)]
+
+    recalibrator.recalibrate(rows, np.arange(24), 10)  # batches of 10, 10 and 4: each weighs as its size
+    first = keras.Model(mobilenet.backbone.input, mobilenet.backbone.get_layer("conv1").output)
+    maps = np.asarray(first(preprocessing(BACKBONES["MobileNet"])(pixels.astype(np.float32)))).astype(np.float64)
+    mean, variance = statistics(layers)[0]
+    np.testing.assert_allclose(mean, maps.mean(axis=(0, 1, 2)), atol=1e-5)
+    np.testing.assert_allclose(variance, maps.var(axis=(0, 1, 2)), rtol=1e-4, atol=1e-6)
+
+    assert [layer.momentum for layer in layers] == momenta
+    for before, variable in zip(trained, mobilenet.trainable_variables(Part.ALL), strict=True):
+        np.testing.assert_array_equal(before, variable.value.numpy())
+    assign(layers, kept)
+    for (a, b), (c, d) in zip(statistics(layers), kept, strict=True):
+        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(b, d)
