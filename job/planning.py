@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,17 +103,29 @@ def _load_backbone(settings: Settings, folder: Path) -> tuple[keras.Model, int, 
     first = backbones.first_trainable(shortened, settings.training.fine_tune_from or row.fine_tune_from)
     if not any(ARMS[arm].pretrained for arm in settings.training.arms):
         return shortened, first, None
+    home = Path(settings.platform.keras_home).expanduser() if settings.platform.keras_home else None
     weights = model.weights
     if weights != "imagenet":
         weights = str(storage.fetch(weights, folder, "TRANSFER_WEIGHTS"))
-    home = settings.platform.keras_home
     loaded = backbones.load_weights(
-        backbone, row, model.image_size, weights, folder, model.weights_sha256, Path(home) if home else None
+        backbone, row, model.image_size, weights, _package_cache(home, folder), model.weights_sha256, home
     )
+    if weights != model.weights:
+        loaded = replace(loaded, source=storage.public_uri(model.weights))
     for note in loaded.notes:
         logger.warning("%s", note)
     logger.info("weights of %s: %s", row.name, loaded.source, extra={"source": loaded.source, "sha256": loaded.sha256})
     return shortened, first, loaded
+
+
+def _package_cache(keras_home: Path | None, folder: Path) -> Path:
+    """Return Keras's folder of weights, so that a package is fetched once; ``folder`` where it cannot be written."""
+    cache = (keras_home or Path.home() / ".keras") / "models"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return folder
+    return cache if os.access(cache, os.W_OK) else folder
 
 
 def facts(plan: Plan) -> dict[str, Any]:

@@ -7,7 +7,6 @@ one wins, and the other finds its work done.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import posixpath
 from collections import Counter
@@ -24,8 +23,6 @@ from referencing.exceptions import Unresolvable
 from job.errors import ConfigError, UnavailableError
 from job.manifest import Artifact, Manifest, SplitMetrics
 from job.storage import Store, Stored, checksums, open_store
-
-logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 SCHEMA = "manifest.schema.json"
@@ -124,10 +121,8 @@ def commit(store: Store, manifest: Manifest) -> Outcome:
             return Outcome.ALREADY_PUBLISHED
         raise UnavailableError(f"{store.uri} changed while it was published: {overwritten[0]}; try again later")
     if store.create(MANIFEST, manifest.to_json()):
-        logger.info("published %s", store.uri, extra={"uri": store.uri, "artifacts": len(manifest.artifacts)})
         return Outcome.PUBLISHED
     if existing(store, manifest.fingerprint):
-        logger.info("already published by another run: %s", store.uri, extra={"uri": store.uri})
         return Outcome.ALREADY_PUBLISHED
     raise UnavailableError(f"{store.uri}/{MANIFEST} was there and has gone; try again later")
 

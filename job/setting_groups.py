@@ -34,7 +34,7 @@ PREFIX = "TRANSFER_"
 
 LEARNING_RATE = 1e-3
 FINE_TUNE_LEARNING_RATE = 1e-4
-HEAD_SHARE = 0.3
+HEAD_SHARE = 0.2
 
 
 def default_head_epochs(epochs: int) -> int:

@@ -12,11 +12,10 @@ import tensorflow as tf
 
 from job import console, data, export, planning
 from job.batch_norm import statistics
-from job.experiment import Experiment, Outcome
+from job.experiment import Experiment
 from job.features import run_over
 from job.runtime import Runtime
 from job.settings import load
-from tests.conftest import Published
 
 RUNTIME = Runtime(("CPU",), "float32", xla=False, deterministic=True)
 
@@ -35,11 +34,6 @@ def norms(plan: planning.Plan) -> Any:
     from keras.layers import BatchNormalization
 
     return [layer for layer in plan.backbone.layers if isinstance(layer, BatchNormalization)]
-
-
-def predictions(outcome: Outcome) -> str:
-    where = Path(outcome.record.saved_model).parent
-    return (outcome.folder / where / "predictions.csv").read_text()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,16 +55,6 @@ def test_fine_tune_trains_the_tail_and_leaves_batch_norm_statistics_bit_identica
     }
     assert {"conv_pw_12", "conv_pw_12_bn", "conv_dw_13", "conv_pw_13_bn"} <= changed
     assert not [name for name in changed if not name.startswith(("conv_pw_12", "conv_dw_13", "conv_pw_13"))]
-
-
-def test_results_are_the_same_without_the_cache_and_in_another_order(
-    published: Published, small: dict[str, str], tmp_path: Path
-) -> None:
-    _, run = experiment(small, tmp_path, feature_cache="off", arms="fine_tune,frozen")
-    for arm in ("fine_tune", "frozen"):
-        outcome = run.result(arm, 1.0, 0)
-        cached = published.folder / "arms" / arm / "fraction-1" / "seed-0" / "predictions.csv"
-        assert predictions(outcome) == cached.read_text(), arm
 
 
 def test_a_deeper_head_dropout_truncation_and_a_fraction_train_and_export(

@@ -130,6 +130,17 @@ def test_another_experiment_under_a_taken_id_is_refused(published: Published, sm
     assert "TRANSFER_RUN_ID" in refused.text
 
 
+def test_results_are_bit_identical_without_the_cache_and_in_another_order(
+    published: Published, small: dict[str, str], tmp_path: Path
+) -> None:
+    changes = {"TRANSFER_FEATURE_CACHE": "off", "TRANSFER_ARMS": "fine_tune,frozen", "TRANSFER_RUN_ID": "uncached"}
+    done = run_job(small | changes | {"TRANSFER_OUTPUT_URI": str(tmp_path)})
+    assert done.code == 0, done.errors
+    for arm in ("fine_tune", "frozen"):
+        where = f"arms/{arm}/fraction-1/seed-0/predictions.csv"
+        assert (tmp_path / "uncached" / where).read_bytes() == (published.folder / where).read_bytes(), arm
+
+
 def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return the manifest without what may differ between places: times, costs, paths and what hangs on them."""
     kept = json.loads(json.dumps(manifest))

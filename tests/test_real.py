@@ -1,0 +1,62 @@
+"""The results that the project stands for, on real photos and ImageNet weights; long, and run by ``make test-real``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.real import CATS, FLOWERS, SOLAR, Real
+
+pytestmark = pytest.mark.slow
+
+TRAINABLE = {"scratch": 2_223_872, "frozen": 0, "fine_tune": 1_862_592}
+
+
+@pytest.fixture(scope="module", params=[CATS, FLOWERS, SOLAR], ids=["cats_vs_dogs", "tf_flowers", "solar_cells"])
+def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Real, dict[str, Any]]:
+    real: Real = request.param
+    if (missing := real.missing()) is not None:
+        pytest.skip(missing)
+    return real, real.run(tmp_path_factory.mktemp("output"))
+
+
+def accuracies(manifest: dict[str, Any]) -> dict[str, float]:
+    return {result["arm"]: result["metrics"]["test"]["accuracy"] for result in manifest["results"]}
+
+
+def test_each_arm_reaches_its_test_accuracy(experiment: tuple[Real, dict[str, Any]]) -> None:
+    real, manifest = experiment
+    reached = accuracies(manifest)
+    assert {arm: reached[arm] for arm, floor in real.floors.items() if reached[arm] < floor} == {}, reached
+
+
+def test_fine_tune_does_not_end_below_frozen(experiment: tuple[Real, dict[str, Any]]) -> None:
+    reached = accuracies(experiment[1])
+    assert reached["fine_tune"] >= reached["frozen"]
+
+
+def test_the_backbone_trains_as_many_parameters_as_published(experiment: tuple[Real, dict[str, Any]]) -> None:
+    _, manifest = experiment
+    counted = {result["arm"]: result["parameters"]["backbone_trainable"] for result in manifest["results"]}
+    assert counted == {arm: TRAINABLE[arm] for arm in counted}
+    assert {"frozen", "fine_tune"} <= set(counted)
+
+
+def test_scratch_is_published_with_re_estimated_statistics(experiment: tuple[Real, dict[str, Any]]) -> None:
+    _, manifest = experiment
+    scratch = [result for result in manifest["results"] if result["arm"] == "scratch"]
+    for result in scratch:
+        assert result["batch_norm"]["test_accuracy_recalibrated"] == result["metrics"]["test"]["accuracy"]
+        assert result["batch_norm"]["test_accuracy_raw"] <= result["metrics"]["test"]["accuracy"] + 0.02
+
+
+def test_the_test_split_has_the_published_number_of_cells(tmp_path: Path) -> None:
+    from job.data import open_source
+    from job.settings import load
+
+    if (missing := SOLAR.missing()) is not None:
+        pytest.skip(missing)
+    settings = load(SOLAR.environment | {"TRANSFER_DATA_DIR": str(tmp_path)})
+    assert open_source(settings.data).splits["test"].examples == 656
