@@ -31,7 +31,7 @@ test-real: install  ## the long tests: real photos and ImageNet weights from ../
 	$(BIN)/python -m pytest -m slow -rs
 
 .PHONY: solar-paper
-solar-paper: install  ## the solar cells as in the paper (224 px, 656 test cells), about 25 minutes on two cores
+solar-paper: install  ## the solar cells as in the paper (224 px, 656 test cells)
 	@$(call RUN_ENV,deploy/env/solar-paper.env) TRANSFER_LOG_FORMAT=$${TRANSFER_LOG_FORMAT:-text} $(BIN)/python -m job
 
 .PHONY: recipe

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import gcs_server
 
 from job.errors import ConfigError, UnavailableError
 from job.manifest import Artifact, Manifest, json_schema
 from job.publishing import Outcome, commit, existing, read_manifest, upload_tree, verify
 from job.storage import Store, checksums, open_store
+from tests.servers import gcs_server
 
 FINGERPRINT = "ab" * 32
 MODEL = "arms/frozen/fraction-1.0/seed-0/saved_model"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import google_crc32c
 import pytest
-from servers import FaultyProxy, faulty_proxy, gcs_server
 
 from job.errors import ConfigError, UnavailableError
 from job.storage import Store, Stored, checksums, fetch, open_store, public_uri
+from tests.servers import FaultyProxy, faulty_proxy, gcs_server
 
 VARIABLE = "TRANSFER_OUTPUT_URI"
 SHORT = 2.0
