@@ -30,7 +30,7 @@ SETS = {"cats_vs_dogs": CATS, "tf_flowers": FLOWERS, "solar_cells": SOLAR}
 CHOOSING = {"solar_cells": {"train_split": "train[:60%]", "validation_split": "train[60%:75%]"}}
 HEAD_RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = (0, 1, 2)
-FINE_TUNE_RATES = ("2e-5", "1e-4", "3e-4")
+FINE_TUNE_RATES = ("1e-4", "3e-4")
 
 
 def heads(real: Real, changes: dict[str, str]) -> Iterator[tuple[str, float, float]]:
