@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from job.arms import Part
 from job.evaluation import Predictions
 from job.model import Classifier
 from job.rows import decode_image
@@ -29,10 +30,11 @@ def export(classifier: Classifier, classes: Sequence[str], folder: Path) -> None
     """
     size = classifier.image_size
     names = tf.constant(list(classes))
+    logits_of = classifier.inference(classifier.cut(Part.ALL))
 
     @tf.function(input_signature=[tf.TensorSpec([None, size, size, 3], tf.uint8, "pixels")], autograph=False)  # type: ignore[untyped-decorator]
     def from_pixels(pixels: Any) -> dict[str, Any]:
-        probabilities = tf.nn.softmax(classifier.logits(pixels), name="probabilities")
+        probabilities = tf.nn.softmax(logits_of(pixels), name="probabilities")
         index = tf.argmax(probabilities, axis=1, output_type=tf.int64)
         return {"probabilities": probabilities, "class_index": index, "class_name": tf.gather(names, index)}
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # Share of a phase's steps over which the learning rate rises to its peak before the cosine decay to zero.
 WARM_UP = 0.1
 # Rows over which BatchNorm statistics are re-estimated before each validation of an arm whose BatchNorm trains.
-VALIDATION_CALIBRATION_ROWS = 512
+VALIDATION_CALIBRATION_ROWS = 256
 
 
 @dataclass(frozen=True)
