@@ -8,7 +8,7 @@ RUN_ENV = set -a && . $(1) && set +a &&
 
 .PHONY: help
 help:  ## list every target
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,9 +34,13 @@ test-real: install  ## the long tests: real photos and ImageNet weights from ../
 solar-paper: install  ## the solar cells as in the paper (224 px, 656 test cells)
 	@$(call RUN_ENV,deploy/env/solar-paper.env) TRANSFER_LOG_FORMAT=$${TRANSFER_LOG_FORMAT:-text} $(BIN)/python -m job
 
-.PHONY: recipe
-recipe: install  ## measure the recipe's candidates on three data sets, by validation accuracy
-	$(BIN)/python -m tests.recipe
+.PHONY: recipe-heads
+recipe-heads: install  ## measure candidates for the head on three data sets, by validation accuracy
+	$(BIN)/python -m tests.recipe heads
+
+.PHONY: recipe-tails
+recipe-tails: install  ## measure fine-tuning rates on three data sets; about an hour on two cores
+	$(BIN)/python -m tests.recipe tails
 
 .PHONY: lint
 lint: install  ## ruff and strict mypy
