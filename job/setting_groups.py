@@ -184,10 +184,14 @@ class PlatformSettings(Group):
         None, validation_alias="AIP_MODEL_DIR", description="Vertex AI: the best SavedModel also lies directly in it"
     )
     checkpoint_dir: Location | None = Field(
-        None, validation_alias="AIP_CHECKPOINT_DIR", description="Vertex AI: where unfinished work is kept"
+        None,
+        validation_alias="AIP_CHECKPOINT_DIR",
+        description="Vertex AI: where unfinished work is kept (this version: not used)",
     )
     tensorboard_log_dir: Location | None = Field(
-        None, validation_alias="AIP_TENSORBOARD_LOG_DIR", description="Vertex AI: where TensorBoard reads"
+        None,
+        validation_alias="AIP_TENSORBOARD_LOG_DIR",
+        description="Vertex AI: where TensorBoard reads (this version: not used)",
     )
     tf_config: TfConfig | None = Field(
         None, validation_alias="TF_CONFIG", description="cluster and task of this worker, as JSON"

@@ -66,7 +66,7 @@ def images(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     (folder / "rgba.png").write_bytes(tf.io.encode_png(colour).numpy())
     (folder / "grey.png").write_bytes(tf.io.encode_png(colour[..., :1]).numpy())
     (folder / "thin.png").write_bytes(tf.io.encode_png(colour[:, :1, :3]).numpy())
-    (folder / "animated.gif").write_bytes(encode_gif([colour[..., 0], colour[..., 1]]))
+    (folder / "animated.gif").write_bytes(encode_gif([colour[..., 0] // 2, colour[..., 1] // 2]))
     (folder / "colour.bmp").write_bytes(encode_bmp(colour[..., :3]))
     (folder / "no-image.txt").write_bytes(b"these bytes are no image")
     (folder / "cut-short.jpg").write_bytes((folder / "test-000.jpg").read_bytes()[:200])
