@@ -33,7 +33,7 @@ class Head(keras.layers.Layer):
     def __init__(self, classes: int, hidden: Sequence[int] = (), dropout: float = 0.0) -> None:
         super().__init__(name="head", dtype="float32")
         self._hidden = [keras.layers.Dense(units, "relu", name=f"hidden_{i}") for i, units in enumerate(hidden, 1)]
-        # from zero the first steps follow the features alone; on standardised ones it beat Glorot's values (README)
+        # from zero, the first steps follow the features alone
         self._classifier = keras.layers.Dense(classes, name="classifier", kernel_initializer="zeros", dtype="float32")
         self._dropout = dropout
 
