@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from job import console as console_module
 from job import settings as settings_module
-from job.errors import ConfigError, JobError
+from job.errors import ConfigError, JobError, Stopped
 
 USAGE = """usage: python -m job [run | plan | verify URI | env]
 
@@ -79,7 +79,7 @@ def _guarded(work: Callable[[], int]) -> int:
         for problem in error.problems:
             logger.error("%s", problem, extra={"variable": problem.variable})
         return error.exit_code
-    except JobError as error:
+    except (JobError, Stopped) as error:
         logger.error("%s", error)
         return error.exit_code
     except KeyboardInterrupt:

@@ -22,6 +22,7 @@ import tensorflow_datasets as tfds
 import job.datasets  # noqa: F401  (registers the builders of our own)
 from job.errors import ConfigError, UnavailableError
 from job.rows import Rows, decode_image, decode_rows, duplicates_across_splits, stratified_subset
+from job.runtime import stop_if_asked
 from job.settings import DataSettings
 from job.splits import SPLIT_VARIABLES, first_line, resolve_splits
 
@@ -301,6 +302,7 @@ def read_splits(
 
     def count(example_id: str, decoded: bool) -> None:
         nonlocal done
+        stop_if_asked()
         done += 1
         if not decoded:
             bad.append(example_id)

@@ -51,7 +51,10 @@ class UnavailableError(JobError):
     exit_code = 74
 
 
-class Stopped(JobError):  # noqa: N818  (it is a request that was heeded, not a fault)
-    """The process was asked to stop (exit 143)."""
+class Stopped(BaseException):
+    """The process was asked to stop (exit 143).
+
+    Not an Exception, like KeyboardInterrupt: Keras catches every Exception while it traces a layer.
+    """
 
     exit_code = 143

@@ -14,6 +14,7 @@ import tensorflow as tf
 from job.console import Console
 from job.model import PIXELS, POOLED, Cut
 from job.rows import Rows
+from job.runtime import stop_if_asked
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def run_over(
     for start in range(0, len(rows), INFERENCE_BATCH):
         chosen = rows[start : start + INFERENCE_BATCH]
         padded = np.resize(chosen, INFERENCE_BATCH)
+        stop_if_asked()
         result = np.asarray(function(tf.constant(values[padded])), np.float32)[: len(chosen)]
         if out is None:
             out = np.empty((len(rows), *result.shape[1:]), np.float32)

@@ -24,7 +24,7 @@ from job.errors import ConfigError
 from job.experiment import Experiment, Outcome
 from job.planning import Plan
 from job.rows import Rows, duplicates_across_splits
-from job.runtime import Runtime
+from job.runtime import Runtime, stop_if_asked
 from job.settings import RuntimeSettings, Settings
 from job.statistics import paired_test
 
@@ -47,6 +47,7 @@ def run(settings: Settings, machine: Runtime, console: Console) -> str:
         pixels, data_seconds = _decode(plan, folder, console)
         outcomes, artifacts = _results(plan, pixels, data_seconds, folder, console)
         record = _manifest(plan, pixels, outcomes, artifacts)
+        stop_if_asked()
         if publishing.commit(plan.store, record) is publishing.Outcome.ALREADY_PUBLISHED:
             logger.info("another run published the same meanwhile: %s", uri)
         _summary(record, console)
@@ -105,6 +106,7 @@ def _results(
     artifacts: list[manifest.Artifact] = []
     best = -1.0
     for fraction, seed, arm in itertools.product(plan.settings.data.train_fractions, training.seeds, training.arms):
+        stop_if_asked()
         outcome = experiment.result(arm, fraction, seed)
         artifacts += publishing.upload_tree(plan.store, outcome.folder)
         validated = outcome.record.metrics.validation.accuracy

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import signal
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,16 +72,31 @@ def derived_seed(seed: int, purpose: str, *counters: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
 
 
+_asked_to_stop = threading.Event()
+
+
 @contextmanager
 def heed_sigterm() -> Iterator[None]:
     """Turn the first SIGTERM inside the block into Stopped; a second one ends the process at once."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        raise Stopped("SIGTERM was received: nothing has been published")
+        _asked_to_stop.set()
+        stop_if_asked()
 
     previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+        _asked_to_stop.clear()
+
+
+def stop_if_asked() -> None:
+    """Raise Stopped where SIGTERM was received before.
+
+    The handler raises it too, wherever Python happens to be; but that can be a place that drops exceptions: a bare
+    ``except:`` in Keras's layer calls, a destructor or a callback from native code. So every loop asks again.
+    """
+    if _asked_to_stop.is_set():
+        raise Stopped("SIGTERM was received: nothing has been published")

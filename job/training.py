@@ -23,7 +23,7 @@ from job.features import run_over
 from job.manifest import Epoch
 from job.model import Classifier, Cut
 from job.rows import Rows
-from job.runtime import derived_seed
+from job.runtime import derived_seed, stop_if_asked
 from job.settings import TrainingSettings
 from job.statistics import cross_entropy
 
@@ -157,6 +157,7 @@ class _PhaseRun:
         self._correct.assign(0)
         order = self._order(number)
         for index in self._batches(order):
+            stop_if_asked()
             self._steps += 1
             dropout_seed = tf.constant([self._dropout_seed, self._steps], tf.int32)
             self._step(tf.constant(rows.values[index]), tf.constant(rows.labels[index]), dropout_seed)
