@@ -42,6 +42,10 @@ recipe-heads: install  ## measure candidates for the head on three data sets, by
 recipe-tails: install  ## measure fine-tuning rates on three data sets; about an hour on two cores
 	$(BIN)/python -m tests.recipe tails
 
+.PHONY: bench
+bench: install  ## the job beside plain Keras on cats_vs_dogs from ../shared: tables for the README; over an hour
+	$(BIN)/python -m tests.bench
+
 .PHONY: lint
 lint: install  ## ruff and strict mypy
 	$(BIN)/ruff check .

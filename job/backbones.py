@@ -24,6 +24,7 @@ from keras.src.utils.naming import reset_uids
 
 from job.backbone_table import BackboneRow
 from job.errors import ConfigError
+from job.fused_batch_norm import flatten, fuse
 from job.weights import (
     PACKAGE,
     StoredTensor,
@@ -80,7 +81,9 @@ def build(row: BackboneRow, image_size: int) -> Any:
     shape = (image_size, image_size, 3)
     constructor = _constructor(row)
     if row.module != "efficientnet":
-        return constructor(include_top=False, weights=None, input_shape=shape)
+        model = constructor(include_top=False, weights=None, input_shape=shape)
+        fuse(flatten(model))
+        return model
     # For weights="imagenet" alone, Keras's EfficientNetB0 to B7 divide the normalised image once more, by the root of
     # the deviation (tensorflow#49930); a model built with weights=None and loaded later would see other inputs than
     # those it was trained on. The same scaling, expressed in pixels, goes in front.
@@ -89,6 +92,7 @@ def build(row: BackboneRow, image_size: int) -> Any:
     offsets = [255.0 * mean * (1.0 - factor) for mean, factor in zip(_IMAGENET_MEAN, factors, strict=True)]
     scaled = keras.layers.Rescaling(factors, offsets, name="imagenet_scale", dtype="float32")(inputs)
     model = constructor(include_top=False, weights=None, input_tensor=scaled)
+    fuse(flatten(model))
     # Given a tensor, Keras makes a model that expects a list of one input; all others take the tensor itself.
     return keras.Model(inputs, model.output, name=model.name)
 

@@ -12,16 +12,17 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from job import backbones, export, manifest, training
-from job.arms import ARMS, Arm, Part, Phase, Recipe
-from job.batch_norm import Recalibrator
+from job import backbones, export, manifest
+from job.arms import ARMS, Arm, Part, Recipe
 from job.console import Console
 from job.evaluation import Predictions, predict
-from job.features import Features, mean_and_deviation
-from job.model import Classifier, Cut, Head
+from job.features import Computed, Features, mean_and_deviation
+from job.model import Classifier, Head
 from job.planning import Plan
+from job.row_cache import RowCache
 from job.rows import Rows, stratified_subset
-from job.runtime import derived_seed
+from job.runtime import derived_seed, stop_if_asked
+from job.training import Stage, Trained, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -47,46 +48,52 @@ class Experiment:
         self._data_seconds = data_seconds
         self._folder = folder
         self._console = console
-        self._features = Features(pixels, folder, console)
         self._pretrained = plan.backbone.get_weights()
-        training_settings = plan.settings.training
+        settings = plan.settings
+        training = settings.training
         self._recipe = Recipe(
-            training_settings.epochs,
-            training_settings.resolved_head_epochs,
-            training_settings.learning_rate,
-            training_settings.fine_tune_learning_rate,
+            training.epochs,
+            training.resolved_head_epochs,
+            training.learning_rate,
+            training.fine_tune_learning_rate,
         )
+        phases = [phase for arm in training.arms if ARMS[arm].pretrained for phase in ARMS[arm].phases(self._recipe)]
+        # the head's standardisation needs pooled rows whatever the arm
+        parts = [part for part in (Part.TAIL, Part.HEAD) if part is Part.HEAD or part in {p.trains for p in phases}]
+        cache = None
+        if settings.runtime.feature_cache == "auto":
+            cache = RowCache(Path(settings.runtime.cache_dir or folder) / "features")
+        self._features = Features(pixels, parts, cache, plan.rows_key(), console, gpu=plan.runtime.gpu)
+        self._exporter = export.Exporter(plan.source.classes)
+        self._trained: tuple[Arm, Trainer] | None = None
 
     def result(self, arm_name: str, fraction: float, seed: int) -> Outcome:
         """Train, evaluate and export one result; its files are written to a folder of its own."""
         start = time.perf_counter()
-        arm, settings = ARMS[arm_name], self._plan.settings
+        arm = ARMS[arm_name]
         logger.info("%s: fraction %g, seed %d", arm.name, fraction, seed, extra={"arm": arm.name, "seed": seed})
         index = stratified_subset(self._pixels["train"].labels, fraction, seed)
-        classifier = self._classifier(arm, seed)
-        stages = self._stages(arm, classifier, index)
+        trainer, stages = self.prepare(arm, index, seed)
         features_seconds = time.perf_counter() - start
-        trained = training.train(
-            arm.name, classifier, stages, settings.training, seed, self._console, xla=self._plan.runtime.xla
-        )
+        stop_if_asked()
+        trained = trainer.train(stages, seed)
+        classifier = trainer.classifier
 
         evaluation_start = time.perf_counter()
         last = stages[-1]
-        test, norm = self._test(classifier, last)
+        test, norm = self._test(arm, trainer, last)
         logits_of = classifier.inference(last.cut)
-        metrics = {
+        measured = {
             name: predict(logits_of, rows, chosen).metrics(self._classes)
             for name, rows, chosen in (("train", last.train, index), ("validation", last.validation, None))
         }
+        metrics = manifest.Metrics(**measured, test=test.metrics(self._classes))
         evaluation_seconds = time.perf_counter() - evaluation_start
 
+        stop_if_asked()
         export_start = time.perf_counter()
         where = f"arms/{arm.name}/fraction-{fraction:g}/seed-{seed}"
-        target = self._folder / "publish" / where
-        export.export(classifier, self._classes, target / "saved_model")
-        difference = export.prove(target / "saved_model", self._pixels["test"].values, test)
-        logger.info("%s: the reloaded SavedModel differs by %.1e in probability", arm.name, difference)
-        (target / "predictions.csv").write_text(test.to_csv(self._classes), encoding="utf-8")
+        self._export(classifier, test, self._folder / "publish" / where)
         export_seconds = time.perf_counter() - export_start
 
         data_seconds, self._data_seconds = self._data_seconds, 0.0  # decoding is shared: it stands at the first result
@@ -98,7 +105,7 @@ class Experiment:
             export=export_seconds,
             total=time.perf_counter() - start + data_seconds,
         )
-        price = settings.output.cost_per_hour
+        price = self._plan.settings.output.cost_per_hour
         record = manifest.Result(
             arm=arm.name,
             train_fraction=fraction,
@@ -107,10 +114,11 @@ class Experiment:
             resumed=0,
             parameters=_parameters(classifier, last.phase.trains),
             history=trained.history,
-            metrics=manifest.Metrics(**metrics, test=test.metrics(self._classes)),
+            metrics=metrics,
             batch_norm=norm,
+            rows=_rows_read(last),
             seconds=seconds,
-            examples_per_second=trained.images / trained.seconds,
+            examples_per_second=_rate(trained),
             cost=None if price is None else seconds.total / 3600 * price,
             saved_model=f"{where}/saved_model",
         )
@@ -120,8 +128,32 @@ class Experiment:
     def _classes(self) -> Sequence[str]:
         return self._plan.source.classes
 
+    def prepare(self, arm: Arm, index: npt.NDArray[np.int64], seed: int) -> tuple[Trainer, tuple[Stage, ...]]:
+        """Return the arm's trainer, its model as it begins at ``seed``, and its phases with their rows.
+
+        The backbone is pretrained or random, the head's values depend on the seed alone, but for the standardisation,
+        which is fitted to the training rows at ``index`` (int64 [n]). One trainer is kept, the last arm's: an
+        optimizer's slots are as large as the network.
+        """
+        fresh = self._classifier(arm, seed)
+        if self._trained is None or self._trained[0] is not arm:
+            self._trained = None  # frees the last arm's memory before the next takes its own
+            training = self._plan.settings.training
+            self._trained = arm, Trainer(arm.name, fresh, training, self._console, xla=self._plan.runtime.xla)
+        else:
+            self._trained[1].classifier.set_weights(fresh)
+        trainer = self._trained[1]
+        classifier = trainer.classifier
+        if arm.pretrained:
+            pooled = self._rows(arm, classifier, Part.HEAD, "train")
+            classifier.head.standardise(*mean_and_deviation(pooled.values[index]))
+        stages = []
+        for phase in arm.phases(self._recipe):
+            train, validation = (self._rows(arm, classifier, phase.trains, split) for split in ("train", "validation"))
+            stages.append(Stage(phase, classifier.cut(phase.trains), train, index, validation))
+        return trainer, tuple(stages)
+
     def _classifier(self, arm: Arm, seed: int) -> Classifier:
-        """Return a fresh model: pretrained or random backbone, and a head whose values depend on the seed alone."""
         model, plan = self._plan.settings.model, self._plan
         if arm.pretrained:
             backbone = plan.backbone
@@ -133,48 +165,49 @@ class Experiment:
                 backbone = backbones.truncate(backbone, model.truncate_at)
         keras.utils.set_random_seed(derived_seed(seed, "head"))
         head = Head(len(self._classes), model.head_units, model.dropout)
-        return Classifier(backbone, backbones.preprocessing(plan.row), head, plan.first_trainable)
+        return Classifier(backbone, backbones.preprocessing(plan.row), head, plan.first_trainable, plan.cut.operation)
 
-    def _stages(self, arm: Arm, classifier: Classifier, index: npt.NDArray[np.int64]) -> tuple[training.Stage, ...]:
-        """Return the arm's phases with their rows; for a pretrained arm, fit the head's standardisation."""
-        phases = arm.phases(self._recipe)
-        if not arm.pretrained:
-            cut = classifier.cut(Part.ALL)
-            return tuple(self._stage(classifier, phase, cut, index) for phase in phases)
-        cached = self._plan.settings.runtime.feature_cache == "auto"
-        # with fine_tune in the run, the pooled rows are made from the rows at its cut: its trunk runs once for both
-        before = classifier.cut(Part.TAIL) if cached and "fine_tune" in self._plan.settings.training.arms else None
-        pooled = classifier.cut(Part.HEAD)
-        pooled_train = self._features.rows(pooled, "train", before)
-        classifier.head.standardise(*mean_and_deviation(pooled_train.values[index]))
-        cuts = {
-            Part.HEAD: pooled if cached else classifier.cut(Part.HEAD, at_pixels=True),
-            Part.TAIL: before if before is not None else classifier.cut(Part.TAIL, at_pixels=not cached),
-        }
-        return tuple(self._stage(classifier, phase, cuts[phase.trains], index, before) for phase in phases)
+    def _rows(self, arm: Arm, classifier: Classifier, part: Part, split: str) -> Rows:
+        return self._features.rows(classifier, part, split) if arm.pretrained else self._pixels[split]
 
-    def _stage(
-        self, classifier: Classifier, phase: Phase, cut: Cut, index: npt.NDArray[np.int64], before: Cut | None = None
-    ) -> training.Stage:
-        before = before if before is not None and before.name != cut.name else None
-        train, validation = (self._features.rows(cut, split, before) for split in ("train", "validation"))
-        recalibrator = Recalibrator(classifier, cut) if phase.trains_batch_norm and classifier.batch_norms() else None
-        return training.Stage(phase, cut, train, index, validation, recalibrator)
-
-    def _test(self, classifier: Classifier, stage: training.Stage) -> tuple[Predictions, manifest.BatchNorm | None]:
-        """Return the composed model's predictions from the test split's pixels.
+    def _test(self, arm: Arm, trainer: Trainer, stage: Stage) -> tuple[Predictions, manifest.BatchNorm | None]:
+        """Return the trained model's predictions of the test split.
 
         Where BatchNorm trained, its statistics are first re-estimated over the training rows, and stay so.
         """
-        pixels = self._pixels["test"]
-        logits_of = classifier.inference(classifier.cut(Part.ALL))
-        if stage.recalibrator is None:
-            return predict(logits_of, pixels), None
-        raw = float(predict(logits_of, pixels).correct.mean())
-        stage.recalibrator.recalibrate(stage.train, stage.index, self._plan.settings.training.batch_size)
-        test = predict(logits_of, pixels)
+        classifier = trainer.classifier
+        rows = self._rows(arm, classifier, stage.phase.trains, "test")
+        logits_of = classifier.inference(stage.cut)
+        recalibrator = trainer.recalibrator(stage) if stage.phase.trains_batch_norm else None
+        if recalibrator is None:
+            return predict(logits_of, rows), None
+        raw = float(predict(logits_of, rows).correct.mean())
+        recalibrator.recalibrate(stage.train, stage.index, self._plan.settings.training.batch_size)
+        test = predict(logits_of, rows)
         recalibrated = float(test.correct.mean())
         return test, manifest.BatchNorm(test_accuracy_raw=raw, test_accuracy_recalibrated=recalibrated)
+
+    def _export(self, classifier: Classifier, test: Predictions, target: Path) -> None:
+        self._exporter.export(classifier, target / "saved_model")
+        difference = export.prove(target / "saved_model", self._pixels["test"].values, test)
+        logger.info("the reloaded SavedModel differs by %.1e in probability", difference)
+        (target / "predictions.csv").write_text(test.to_csv(self._classes), encoding="utf-8")
+
+
+def _rows_read(stage: Stage) -> manifest.RowsRead:
+    cut, values = stage.cut, stage.train.values
+    row_bytes = cut.dtype.itemsize * int(np.prod(cut.shape))
+    if isinstance(values, Computed):
+        return manifest.RowsRead(cut=cut.name, row_bytes=row_bytes, kept="no")
+    return manifest.RowsRead(
+        cut=cut.name, row_bytes=row_bytes, kept="memory" if isinstance(values, np.ndarray) else "disk"
+    )
+
+
+def _rate(trained: Trained) -> float:
+    """Return examples per second; where a single step was taken, over all of training."""
+    after_the_first = trained.examples_per_second
+    return after_the_first if np.isfinite(after_the_first) else trained.images / trained.seconds
 
 
 def _parameters(classifier: Classifier, part: Part) -> manifest.Parameters:

@@ -166,8 +166,20 @@ class Durations(Record):
     total: Seconds
 
 
+class RowsRead(Record):
+    """What the last phase read in each epoch.
+
+    cut: ``pixels``, ``pooled``, or the backbone layer that the rows follow. row_bytes: of one example. kept: memory or
+    disk; or no, where frozen layers ran in every epoch.
+    """
+
+    cut: str
+    row_bytes: Count
+    kept: Literal["memory", "disk", "no"]
+
+
 class Result(Record):
-    """One (arm, train_fraction, seed)."""
+    """One (arm, train_fraction, seed). examples_per_second: in the last phase's training steps, but for the first."""
 
     arm: str
     train_fraction: Annotated[float, Field(gt=0, le=1)]
@@ -178,6 +190,7 @@ class Result(Record):
     history: tuple[Epoch, ...]
     metrics: Metrics
     batch_norm: BatchNorm | None = None
+    rows: RowsRead
     seconds: Durations
     examples_per_second: Annotated[float, Field(ge=0)]
     cost: Annotated[float, Field(ge=0)] | None = None

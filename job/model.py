@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,8 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from job.arms import Part
-
-PIXELS = "pixels"
-POOLED = "pooled"
-LARGEST_ROW = 8
+from job.cuts import PIXELS, POOLED
+from job.fused_batch_norm import flatten
 
 
 class Head(keras.layers.Layer):
@@ -70,14 +67,20 @@ class Cut:
     """A tensor where the model comes apart: the trunk before it never trains, the tail after it may.
 
     name: ``pixels`` (nothing is frozen), ``pooled`` (the whole backbone is) or the operation it follows.
-    trunk: uint8 pixels [batch, size, size, 3] -> rows [batch, *shape]; None where rows are the pixels themselves.
+    shape, dtype: of one row. trunk: uint8 pixels [batch, size, size, 3] -> rows [batch, *shape].
     tail: (rows, batch_norm_trains) -> pooled features [batch, features].
     """
 
     name: str
     shape: tuple[int, ...]
-    trunk: Callable[[tf.Tensor], tf.Tensor] | None
+    dtype: np.dtype[Any]
+    trunk: Callable[[tf.Tensor], tf.Tensor]
     tail: Callable[[tf.Tensor, bool], tf.Tensor]
+
+    @property
+    def at_pixels(self) -> bool:
+        """Return whether rows are the pixels themselves."""
+        return self.name == PIXELS
 
 
 class Classifier:
@@ -89,8 +92,13 @@ class Classifier:
         preprocess: Callable[[tf.Tensor], tf.Tensor],
         head: Head,
         first_trainable: int,
+        tail_cut: Any = None,
     ) -> None:
-        """Compose the parts; ``first_trainable`` is the index in ``backbone.layers`` where fine_tune's tail starts."""
+        """Compose the parts.
+
+        first_trainable: index in ``backbone.layers`` where fine_tune's tail starts. tail_cut: the operation of
+        ``backbone`` before it after which the trunk ends (see ``cuts``); None where rows are the pixels.
+        """
         self.backbone = backbone
         self.head = head
         self.image_size: int = backbone.input_shape[1]
@@ -98,6 +106,8 @@ class Classifier:
         self._preprocess = preprocess
         self._inference: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {}
         self._first_trainable = first_trainable
+        self._tail_cut = tail_cut
+        self._cuts: dict[Part, Cut] = {}
         if not head.built:
             head.build((None, self.features))
 
@@ -108,11 +118,17 @@ class Classifier:
         takes seconds.
         """
         if cut.name not in self._inference:
-            signature = [tf.TensorSpec([None, *cut.shape], tf.uint8 if cut.name == PIXELS else tf.float32)]
+            signature = [tf.TensorSpec([None, *cut.shape], cut.dtype)]
             self._inference[cut.name] = tf.function(
                 lambda rows: self.head(cut.tail(rows, False)), input_signature=signature, autograph=False
             )
         return self._inference[cut.name]
+
+    def set_weights(self, other: Classifier) -> None:
+        """Take the values of every variable of ``other``, which has the same structure."""
+        if other.backbone is not self.backbone:
+            self.backbone.set_weights(other.backbone.get_weights())
+        self.head.set_weights(other.head.get_weights())
 
     def backbone_variables(self, part: Part) -> list[keras.Variable]:
         """Return the backbone's variables that train with ``part``."""
@@ -128,27 +144,36 @@ class Classifier:
 
     def batch_norms(self) -> list[keras.layers.BatchNormalization]:
         """Return the backbone's BatchNorm layers in order of computation."""
-        found = [layer for layer in _flatten(self.backbone) if isinstance(layer, keras.layers.BatchNormalization)]
+        found = [layer for layer in flatten(self.backbone) if isinstance(layer, keras.layers.BatchNormalization)]
         return list(found)
 
-    def cut(self, part: Part, *, at_pixels: bool = False) -> Cut:
-        """Return the latest cut before everything that trains with ``part``, or the one at the pixels."""
-        if part is Part.HEAD and not at_pixels:
+    def cut(self, part: Part) -> Cut:
+        """Return the cut before everything that trains with ``part``."""
+        if part not in self._cuts:
+            self._cuts[part] = self._make_cut(part)
+        return self._cuts[part]
+
+    def _make_cut(self, part: Part) -> Cut:
+        if part is Part.HEAD:
             return Cut(
                 POOLED,
                 (self.features,),
-                lambda pixels: self._pool_pixels(pixels, batch_norm_trains=False),
+                np.dtype(np.float32),
+                lambda pixels: tf.cast(self._pool_pixels(pixels, batch_norm_trains=False), tf.float32),
                 lambda rows, _: rows,
             )
-        operation = None if at_pixels or part is Part.ALL else latest_cut(self.backbone, self._first_trainable)
+        operation = self._tail_cut if part is Part.TAIL else None
         if operation is None:
-            return Cut(PIXELS, (self.image_size, self.image_size, 3), None, self._pool_pixels)
+            shape = (self.image_size, self.image_size, 3)
+            return Cut(PIXELS, shape, np.dtype(np.uint8), lambda pixels: pixels, self._pool_pixels)
         trunk = keras.Model(self.backbone.input, operation.output)
         tail = keras.Model(operation.output, self.backbone.output)
+        dtype = row_dtype()
         return Cut(
             operation.name,
             tuple(operation.output.shape[1:]),
-            lambda pixels: trunk(self._prepare(pixels), training=False),
+            dtype,
+            lambda pixels: tf.cast(trunk(self._prepare(pixels), training=False), dtype),
             lambda rows, batch_norm_trains: self._pool(tail(rows, training=batch_norm_trains)),
         )
 
@@ -162,40 +187,7 @@ class Classifier:
         return self._pool(self.backbone(self._prepare(pixels), training=batch_norm_trains))
 
 
-def latest_cut(backbone: keras.Model, first_trainable: int) -> Any:
-    """Return the last operation before ``backbone.layers[first_trainable]`` whose output alone is needed later.
-
-    ``backbone.operations`` is in order of computation, and unlike ``layers`` it holds bare additions too (ConvNeXt's
-    residuals). A tensor is a cut when no other one made before it is still needed after it. None where no cut
-    leaves rows of at most ``LARGEST_ROW`` times the pixels' bytes: NASNetMobile's only one, after its stem, has ten
-    times as many, and reading them back would cost more than the stem.
-    """
-    operations = backbone.operations
-    end = operations.index(backbone.layers[first_trainable])
-    last_use = {id(tensor): index for index, op in enumerate(operations) for tensor in _inputs(op)}
-    last_use |= {id(tensor): len(operations) for tensor in backbone.outputs}
-    pixels = math.prod(backbone.input_shape[1:])
-    live: set[int] = set()
-    found = None
-    for index, op in enumerate(operations[:end]):
-        outputs = _as_list(op.output)
-        live = {tensor for tensor in live | {id(tensor) for tensor in outputs} if last_use.get(tensor, -1) > index}
-        small = math.prod(outputs[0].shape[1:]) * 4 <= LARGEST_ROW * pixels
-        if index > 0 and live == {id(outputs[0])} and small:
-            found = op
-    return found
-
-
-def _inputs(operation: Any) -> list[Any]:
-    return [] if isinstance(operation, keras.layers.InputLayer) else _as_list(operation.input)
-
-
-def _as_list(tensors: Any) -> list[Any]:
-    return list(tensors) if isinstance(tensors, list | tuple) else [tensors]
-
-
-def _flatten(model: keras.Model) -> list[keras.layers.Layer]:
-    flat: list[keras.layers.Layer] = []
-    for layer in model.layers:
-        flat.extend(_flatten(layer) if isinstance(layer, keras.Model) else [layer])
-    return flat
+def row_dtype() -> np.dtype[Any]:
+    """Return the dtype of rows at a cut inside the backbone: the compute dtype, if a file of NumPy's can hold it."""
+    half = keras.config.dtype_policy().compute_dtype == "float16"
+    return np.dtype(np.float16 if half else np.float32)

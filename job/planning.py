@@ -12,10 +12,12 @@ import keras
 import tensorflow as tf
 
 import job
-from job import backbones, data, storage
+from job import backbones, cuts, data, storage
 from job.arms import ARMS
 from job.backbone_table import BACKBONES, BackboneRow
+from job.budget import disk_left, memory_left
 from job.errors import ConfigError, Problem
+from job.model import row_dtype
 from job.runtime import Runtime
 from job.settings import Settings, fingerprint
 from job.storage import Store
@@ -28,8 +30,8 @@ class Plan:
     """A run that can begin.
 
     backbone: with its pretrained weights where an arm needs them, truncated if asked. first_trainable: index of the
-    layer of ``backbone`` where fine_tune's tail starts. weights: None where only scratch runs. store: the run's own
-    place. model_store: where AIP_MODEL_DIR wants the best model.
+    layer of ``backbone`` where fine_tune's tail starts. cut: where its trunk ends. weights: None where only scratch
+    runs. store: the run's own place. model_store: where AIP_MODEL_DIR wants the best model.
     """
 
     settings: Settings
@@ -38,11 +40,28 @@ class Plan:
     row: BackboneRow
     backbone: keras.Model
     first_trainable: int
+    cut: cuts.Candidate
     weights: backbones.LoadedWeights | None
     fingerprint: str
     run_id: str
     store: Store
     model_store: Store | None
+
+    def rows_key(self) -> dict[str, Any]:
+        """Return what decides rows of the frozen layers, beside the examples and the cut."""
+        model, source = self.settings.model, self.source
+        return {
+            "dataset": source.name,
+            "data": source.identity,
+            "image_size": model.image_size,
+            "backbone": self.row.name,
+            "truncate_at": model.truncate_at,
+            "preprocessing": self.row.module,
+            "weights": self.weights.sha256 if self.weights else None,
+            "precision": self.runtime.precision,
+            "device": "GPU" if self.runtime.gpu else "CPU",
+            "versions": {"job": job.__version__, "tensorflow": tf.__version__, "keras": keras.__version__},
+        }
 
 
 def make(settings: Settings, machine: Runtime, folder: Path) -> Plan:
@@ -79,10 +98,34 @@ def make(settings: Settings, machine: Runtime, folder: Path) -> Plan:
         }
     )
     run_id = settings.output.run_id or f"{source.name.replace('/', '-')}-{settings.model.backbone}-{mark[:12]}"
+    cut = _choose_cut(settings, machine, source, backbone, first_trainable, folder)
     return Plan(
-        settings, machine, source, BACKBONES[settings.model.backbone], backbone, first_trainable, loaded,
+        settings, machine, source, BACKBONES[settings.model.backbone], backbone, first_trainable, cut, loaded,
         mark, run_id, store.child(run_id), model_store,
     )  # fmt: skip
+
+
+def _choose_cut(
+    settings: Settings, machine: Runtime, source: data.Source, backbone: keras.Model, first_trainable: int, folder: Path
+) -> cuts.Candidate:
+    training, examples = settings.training, sum(split.examples for split in source.splits.values())
+    means = cuts.Means(
+        epochs=(training.epochs - training.resolved_head_epochs)
+        * len(training.seeds)
+        * len(settings.data.train_fractions),
+        examples=examples,
+        disk=disk_left(folder) - examples * settings.model.image_size**2 * 3,
+        memory=memory_left(),
+        flops_per_second=cuts.FLOPS_OF_GPU if machine.gpu else machine.cores * cuts.FLOPS_PER_CORE,
+    )
+    found = cuts.candidates(backbone, first_trainable, row_dtype().itemsize)
+    chosen = cuts.choose(found, means)
+    if "fine_tune" in training.arms:
+        logger.info(
+            "fine_tune trains on rows at %s: %s bytes each, %s MB in all", chosen.name, f"{chosen.row_bytes:,}",
+            f"{chosen.row_bytes * examples / 1e6:,.0f}", extra={"cut": chosen.name, "row_bytes": chosen.row_bytes},
+        )  # fmt: skip
+    return chosen
 
 
 def _open_places(settings: Settings) -> tuple[Store, Store | None]:
@@ -143,6 +186,8 @@ def facts(plan: Plan) -> dict[str, Any]:
         "backbone": plan.row.name,
         "weights": plan.weights.source if plan.weights else None,
         "fine_tune_from": plan.backbone.layers[plan.first_trainable].name,
+        "cut": plan.cut.name,
+        "row_bytes": plan.cut.row_bytes,
         "arms": list(plan.settings.training.arms),
         "epochs": plan.settings.training.epochs,
     }

@@ -10,13 +10,33 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from job.row_files import RowFileWriter
+
 _BMP_HEADER_BYTES = 54
+
+
+class RowValues(Protocol):
+    """Rows [n, ...] that can be read by index, wherever they lie: an array, a file, or computed when read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the number of rows and the shape of one."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Return the dtype of the values."""
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+
+    def __getitem__(self, index: npt.NDArray[np.int64] | slice, /) -> npt.NDArray[Any]:
+        """Return these rows, in this order, as an array."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +51,7 @@ class Rows:
 
     ids: tuple[str, ...]
     labels: npt.NDArray[np.int32]
-    values: npt.NDArray[Any]
+    values: RowValues
     digests: tuple[bytes, ...]
 
     def __len__(self) -> int:
@@ -99,32 +119,20 @@ def decode_rows(
             left out. What it raises ends the work.
 
     Returns:
-        The rows, with their pixels mapped read-only from the file; perhaps none.
+        The rows, with their pixels in the file; perhaps none.
     """
     ids: list[str] = []
     labels: list[int] = []
     digests: list[bytes] = []
-    # Written as a plain file, since a disk that runs full under a writable memory map kills the process (SIGBUS).
-    with path.open("wb") as file:
-        _write_header(file, expected, size)
+    with RowFileWriter(path, (size, size, 3), np.uint8, expected) as file:
         for example_id, label, pixels, digest in _in_order(examples, size):
             if pixels is not None:
-                file.write(pixels.data)
+                file.write_row(pixels)
                 ids.append(example_id)
                 labels.append(label)
                 digests.append(digest)
             on_example(example_id, pixels is not None)
-        file.seek(0)
-        _write_header(file, len(ids), size)
-    # An empty array cannot be mapped.
-    values = np.load(path, mmap_mode="r" if ids else None)
-    return Rows(tuple(ids), np.array(labels, np.int32), values, tuple(digests))
-
-
-def _write_header(file: BinaryIO, examples: int, size: int) -> None:
-    # NumPy leaves room for the first axis to grow (since 1.25), so the header is as long for any number of examples.
-    shape = (examples, size, size, 3)
-    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return Rows(tuple(ids), np.array(labels, np.int32), file.rows, tuple(digests))
 
 
 def _in_order(

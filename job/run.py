@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -101,11 +101,13 @@ def _results(
     plan: Plan, pixels: dict[str, Rows], data_seconds: float, folder: Path, console: Console
 ) -> tuple[list[Outcome], list[manifest.Artifact]]:
     training = plan.settings.training
+    fractions = plan.settings.data.train_fractions
     experiment = Experiment(plan, pixels, data_seconds, folder, console)
     outcomes: list[Outcome] = []
     artifacts: list[manifest.Artifact] = []
     best = -1.0
-    for fraction, seed, arm in itertools.product(plan.settings.data.train_fractions, training.seeds, training.arms):
+    # an arm's results follow each other: what was compiled for the first serves the others
+    for arm, fraction, seed in itertools.product(training.arms, fractions, training.seeds):
         stop_if_asked()
         outcome = experiment.result(arm, fraction, seed)
         artifacts += publishing.upload_tree(plan.store, outcome.folder)
@@ -123,6 +125,7 @@ def _results(
     schema.parent.mkdir()
     schema.write_text(json.dumps(manifest.json_schema(), indent=2) + "\n", encoding="utf-8")
     artifacts += publishing.upload_tree(plan.store, schema.parent)
+    outcomes.sort(key=lambda outcome: (outcome.record.train_fraction, training.seeds.index(outcome.record.seed)))
     return outcomes, sorted(artifacts, key=lambda artifact: artifact.path)
 
 
@@ -180,6 +183,7 @@ def _manifest(
 def _comparisons(outcomes: Sequence[Outcome]) -> tuple[manifest.Comparison, ...]:
     """Compare every two arms of the same fraction and seed on the same test examples."""
     found = []
+    labels = _labels([outcome.record for outcome in outcomes])
     for one, other in itertools.combinations(outcomes, 2):
         if (one.record.train_fraction, one.record.seed) != (other.record.train_fraction, other.record.seed):
             continue
@@ -193,16 +197,29 @@ def _comparisons(outcomes: Sequence[Outcome]) -> tuple[manifest.Comparison, ...]
                 difference=test.difference,
                 interval=test.interval,
                 p_value=test.p_value,
-                method=test.method,
-                verdict=test.verdict(better.record.arm, worse.record.arm),
+                method=f"{test.method}; seed {one.record.seed}",
+                verdict=test.verdict(labels(better.record), labels(worse.record)),
             )
         )
     return tuple(found)
 
 
+def _labels(results: Sequence[manifest.Result]) -> Callable[[manifest.Result], str]:
+    """Return what names a result: its arm, with the fraction and the seed where ``results`` have several."""
+    fractions = len({result.train_fraction for result in results}) > 1
+    seeds = len({result.seed for result in results}) > 1
+
+    def label(result: manifest.Result) -> str:
+        told = [f"fraction {result.train_fraction:g}"] * fractions + [f"seed {result.seed}"] * seeds
+        return f"{result.arm} ({', '.join(told)})" if told else result.arm
+
+    return label
+
+
 def _summary(record: manifest.Manifest, console: Console) -> None:
     columns = ["arm", "train", "trainable", "test accuracy", "95% interval", "test loss", "seconds", "images/s"]
     rows = []
+    labels = _labels(record.results)
     for result in record.results:
         test, seconds = result.metrics.test, result.seconds.total
         low, high = test.accuracy_interval
@@ -214,7 +231,7 @@ def _summary(record: manifest.Manifest, console: Console) -> None:
             f"{result.examples_per_second:.0f}",
         ]
         price = [] if result.cost is None else [f"{result.cost:.4f}"]
-        rows.append([result.arm, *figures, *price])
+        rows.append([labels(result), *figures, *price])
     dataset, backbone = record.dataset, record.backbone
     title = f"{dataset.name} {dataset.version}, {dataset.splits.test.examples:,} test examples, "
     title += f"{backbone.name} at {backbone.image_size} px"

@@ -84,7 +84,7 @@ class DataSettings(Group):
     validation_split: Text = Field("train[80%:90%]", description="likewise")
     test_split: Text = Field("train[90%:]", description="likewise; the three must not overlap")
     train_fractions: DistinctList[Fraction] = Field(
-        (1.0,), description="parts of the train split at which every arm is trained, nested (this version: one)"
+        (1.0,), description="parts of the train split at which every arm is trained, nested"
     )
     max_bad_images: float = Field(
         0.01, ge=0, lt=1, description="share of undecodable images that is skipped (and counted) before the run stops"
@@ -134,7 +134,7 @@ class TrainingSettings(Group):
     augmentation: Literal["none", "flip", "standard"] = Field(
         "none", description="none, flip, or standard (flip, shift, zoom, contrast) (this version: none)"
     )
-    seeds: DistinctList[Seed] = Field((0,), description="each seed repeats every arm (this version: one)")
+    seeds: DistinctList[Seed] = Field((0,), description="each seed repeats every arm")
 
     @property
     def resolved_head_epochs(self) -> int:

@@ -34,7 +34,7 @@ from job.setting_groups import (
     TrainingSettings,
     default_head_epochs,
 )
-from job.setting_types import as_text, shown, without_secrets
+from job.setting_types import shown, without_secrets
 
 __all__ = [
     "DataSettings",
@@ -288,12 +288,6 @@ def _check_head_epochs(settings: Settings) -> Iterator[str]:
         )
 
 
-def _check_single(name: str, settings: Settings) -> Iterator[str]:
-    values = {"seeds": settings.training.seeds, "train_fractions": settings.data.train_fractions}[name]
-    if len(values) > 1:
-        yield f"received {shown(as_text(values))}, but this version does not train at more than one yet; give one"
-
-
 def _check_augmentation(settings: Settings) -> Iterator[str]:
     if settings.training.augmentation != "none":
         yield f"received '{settings.training.augmentation}', but this version does not augment yet; accepted: none"
@@ -303,9 +297,7 @@ def _check_augmentation(settings: Settings) -> Iterator[str]:
 _SPLITS = ("TRANSFER_TRAIN_SPLIT", "TRANSFER_VALIDATION_SPLIT", "TRANSFER_TEST_SPLIT")
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] = (
     *(((second, first), partial(_check_same_split, second, first)) for first, second in combinations(_SPLITS, 2)),
-    (("TRANSFER_TRAIN_FRACTIONS",), partial(_check_single, "train_fractions")),
     (("TRANSFER_IMAGE_SIZE", "TRANSFER_BACKBONE"), _check_image_size),
     (("TRANSFER_HEAD_EPOCHS", "TRANSFER_EPOCHS", "TRANSFER_ARMS"), _check_head_epochs),
     (("TRANSFER_AUGMENTATION",), _check_augmentation),
-    (("TRANSFER_SEEDS",), partial(_check_single, "seeds")),
 )

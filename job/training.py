@@ -6,10 +6,10 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import keras
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
@@ -22,6 +22,7 @@ from job.errors import ConfigError
 from job.features import run_over
 from job.manifest import Epoch
 from job.model import Classifier, Cut
+from job.optimizers import FlatOptimizer, make_optimizer
 from job.rows import Rows
 from job.runtime import derived_seed, stop_if_asked
 from job.settings import TrainingSettings
@@ -29,17 +30,20 @@ from job.statistics import cross_entropy
 
 logger = logging.getLogger(__name__)
 
-# Share of a phase's steps over which the learning rate rises to its peak before the cosine decay to zero.
-WARM_UP = 0.1
 # Rows over which BatchNorm statistics are re-estimated before each validation of an arm whose BatchNorm trains.
-VALIDATION_CALIBRATION_ROWS = 256
+VALIDATION_CALIBRATION_ROWS = 128
+# Several steps go into one call until a call takes this long. It bounds how late a stop or the bar is heeded, and at a
+# tenth of a millisecond a call it leaves Python a thousandth of the time.
+_SECONDS_PER_CALL = 0.2
+# Rows that are read ahead of a call, at most.
+_BYTES_AHEAD = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Stage:
     """A phase with its rows, at one cut.
 
-    index: int64 [n], the rows of ``train`` that are trained on. recalibrator: for a phase that trains BatchNorm.
+    index: int64 [n], the rows of ``train`` that are trained on.
     """
 
     phase: Phase
@@ -47,77 +51,103 @@ class Stage:
     train: Rows
     index: npt.NDArray[np.int64]
     validation: Rows
-    recalibrator: Recalibrator | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training an arm gave beside the weights. seconds: its wall-clock time; images: examples stepped over."""
+    """What training an arm gave beside the weights.
+
+    images: examples stepped over. seconds: wall-clock time of it all. examples_per_second: in the last phase's steps
+    after the first call, which compiles, and without validation; NaN where there was no second call.
+    """
 
     history: tuple[Epoch, ...]
     images: int
     seconds: float
+    examples_per_second: float
 
 
-def train(
-    name: str,
-    classifier: Classifier,
-    stages: tuple[Stage, ...],
-    settings: TrainingSettings,
-    seed: int,
-    console: Console,
-    *,
-    xla: bool = False,
-) -> Trained:
-    """Train ``classifier`` in place through ``stages`` and return the history.
-
-    The order of the examples is a permutation drawn from (seed, epoch), and the last, smaller batch of an epoch is
-    trained on too. ``history`` counts epochs through all phases from 1.
-    """
-    start = time.perf_counter()
-    history: list[Epoch] = []
-    images = sum(stage.phase.epochs * len(stage.index) for stage in stages)
-    with console.bar(name, images) as advance:
-        for stage in stages:
-            run = _PhaseRun(classifier, stage, settings, seed, xla=xla)
-            for _ in range(stage.phase.epochs):
-                epoch = run.epoch(len(history) + 1, advance)
-                history.append(epoch)
-                logger.info(
-                    "%s: epoch %d/%d (%s) train loss %.4f accuracy %.4f, validation loss %.4f accuracy %.4f, %.1f s",
-                    name, epoch.epoch, settings.epochs, epoch.phase, epoch.train_loss, epoch.train_accuracy,
-                    epoch.validation_loss, epoch.validation_accuracy, epoch.seconds,
-                    extra={"arm": name, "seed": seed, **epoch.model_dump()},
-                )  # fmt: skip
-    return Trained(tuple(history), images, time.perf_counter() - start)
-
-
-class _PhaseRun:
-    """One phase: its optimizer, its compiled step, and what an epoch of it does."""
+class Trainer:
+    """Trains one classifier, result after result: what is compiled for one serves the next."""
 
     def __init__(
-        self, classifier: Classifier, stage: Stage, settings: TrainingSettings, seed: int, *, xla: bool
+        self, name: str, classifier: Classifier, settings: TrainingSettings, console: Console, *, xla: bool = False
     ) -> None:
-        self._classifier = classifier
-        self._stage = stage
-        self._batch_size = settings.batch_size
-        self._seed = seed
-        self._dropout_seed = derived_seed(seed, f"dropout {stage.phase.name}")
-        self._steps = 0
-        steps_per_epoch = -(-len(stage.index) // settings.batch_size)
-        self._optimizer = make_optimizer(
-            settings.optimizer, stage.phase.learning_rate, stage.phase.epochs * steps_per_epoch
-        )
+        """Take the classifier, whose variables may be set to other values between results, but not replaced.
+
+        name: the arm's, for the log and the bar.
+        """
+        self.classifier = classifier
+        self._name = name
+        self._settings = settings
+        self._console = console
+        self._xla = xla
+        self._steps: dict[tuple[Phase, str, int], Steps] = {}
+        self._recalibrator: Recalibrator | None = None
+
+    def train(self, stages: tuple[Stage, ...], seed: int) -> Trained:
+        """Train the classifier in place through ``stages``, from its present values, and return the history.
+
+        The order of the examples is a permutation drawn from (seed, epoch), and the last, smaller batch of an epoch is
+        trained on too. ``history`` counts epochs through all phases from 1.
+        """
+        start = time.perf_counter()
+        history: list[Epoch] = []
+        images, rate = 0, math.nan
+        total = sum(stage.phase.epochs * len(stage.index) for stage in stages)
+        with self._console.bar(self._name, total) as advance:
+            for stage in stages:
+                run = self.phase_run(stage, self.steps(stage), seed)
+                for _ in range(stage.phase.epochs):
+                    epoch = run.epoch(len(history) + 1, advance)
+                    history.append(epoch)
+                    logger.info(
+                        "%s: epoch %d/%d (%s) train loss %.4f accuracy %.4f, "
+                        "validation loss %.4f accuracy %.4f, %.1f s",
+                        self._name, epoch.epoch, self._settings.epochs, epoch.phase, epoch.train_loss,
+                        epoch.train_accuracy, epoch.validation_loss, epoch.validation_accuracy, epoch.seconds,
+                        extra={"arm": self._name, "seed": seed, **epoch.model_dump()},
+                    )  # fmt: skip
+                images += run.images
+                rate = run.examples_per_second
+        return Trained(tuple(history), images, time.perf_counter() - start, rate)
+
+    def steps(self, stage: Stage) -> Steps:
+        """Return the compiled steps of ``stage``, at their beginning."""
+        count = stage.phase.epochs * -(-len(stage.index) // self._settings.batch_size)
+        key = (stage.phase, stage.cut.name, count)
+        if key not in self._steps:
+            optimizer = make_optimizer(self._settings.optimizer, stage.phase.learning_rate, count)
+            self._steps[key] = Steps(self.classifier, stage.phase, stage.cut, optimizer, xla=self._xla)
+        else:
+            self._steps[key].reset()
+        return self._steps[key]
+
+    def phase_run(self, stage: Stage, steps: Steps, seed: int) -> PhaseRun:
+        """Return what takes ``steps`` through epochs of ``stage``."""
+        recalibrator = self.recalibrator(stage) if stage.phase.trains_batch_norm else None
+        return PhaseRun(self.classifier, stage, steps, self._settings.batch_size, seed, recalibrator)
+
+    def recalibrator(self, stage: Stage) -> Recalibrator | None:
+        """Return what re-estimates BatchNorm statistics from rows of ``stage``; None where there is no BatchNorm."""
+        if self._recalibrator is None and self.classifier.batch_norms():
+            self._recalibrator = Recalibrator(self.classifier, stage.cut)
+        return self._recalibrator
+
+
+class Steps:
+    """The compiled training steps of one phase at one cut, and the sums that they keep.
+
+    most_per_call: how many may go into one call; None where any number may.
+    """
+
+    def __init__(self, classifier: Classifier, phase: Phase, cut: Cut, optimizer: Any, *, xla: bool) -> None:
+        """Take a fresh keras optimizer; nothing is traced before the first call."""
         self._loss_sum = tf.Variable(0.0, dtype=tf.float32)
         self._correct = tf.Variable(0, dtype=tf.int32)
-        self._step = self._make_step(xla)
-        self._predict = classifier.inference(stage.cut)
-
-    def _make_step(self, xla: bool) -> Callable[..., None]:
-        phase, cut, head = self._stage.phase, self._stage.cut, self._classifier.head
-        variables = self._classifier.trainable_variables(phase.trains)
-        optimizer, loss_sum, correct = self._optimizer, self._loss_sum, self._correct
-        optimizer.build(variables)
+        variables = classifier.trainable_variables(phase.trains)
+        flat = self._optimizer = FlatOptimizer(optimizer, variables)
+        head, loss_sum, correct = classifier.head, self._loss_sum, self._correct
 
         def step(rows: tf.Tensor, labels: tf.Tensor, dropout_seed: tf.Tensor) -> None:
             values = [variable.value for variable in variables]
@@ -125,61 +155,180 @@ class _PhaseRun:
                 tape.watch(values)
                 logits = head(cut.tail(rows, phase.trains_batch_norm), dropout_seed)
                 losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-                scaled = optimizer.scale_loss(tf.reduce_mean(losses))
-            optimizer.apply(tape.gradient(scaled, values), variables)
+                scaled = flat.scale_loss(tf.reduce_mean(losses))
+            flat.apply(tape.gradient(scaled, values))
             loss_sum.assign_add(tf.reduce_sum(losses))
             hits = tf.equal(tf.argmax(logits, axis=1, output_type=tf.int32), labels)
             correct.assign_add(tf.reduce_sum(tf.cast(hits, tf.int32)))
 
+        def steps(
+            rows: tf.Tensor, labels: tf.Tensor, order: tf.Tensor, dropout_seed: tf.Tensor, done: tf.Tensor
+        ) -> None:
+            def one(i: tf.Tensor) -> tuple[tf.Tensor]:
+                index = order[i]
+                step(tf.gather(rows, index), tf.gather(labels, index), tf.stack([dropout_seed, done + i + 1]))
+                return (i + 1,)
+
+            tf.while_loop(lambda i: i < tf.shape(order)[0], one, (tf.constant(0),), parallel_iterations=1)
+
         signature = [
-            tf.TensorSpec([None, *cut.shape], self._stage.train.values.dtype),
+            tf.TensorSpec([None, *cut.shape], cut.dtype),
             tf.TensorSpec([None], tf.int32),
-            tf.TensorSpec([2], tf.int32),
+            tf.TensorSpec([None, None], tf.int32),
+            tf.TensorSpec([], tf.int32),
+            tf.TensorSpec([], tf.int32),
         ]
-        compiled: Callable[..., None] = tf.function(
-            step, input_signature=signature, autograph=False, jit_compile=xla or None
-        )
-        return compiled
+        # XLA compiles for every shape: one step a call has two, that of a whole batch and that of an epoch's last
+        self.most_per_call = 1 if xla else None
+        self._call = tf.function(steps, input_signature=signature, autograph=False, jit_compile=xla or None)
 
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        generator = np.random.default_rng(derived_seed(self._seed, "order", epoch))
-        return generator.permutation(self._stage.index)
+    def reset(self) -> None:
+        """Begin anew at the classifier's present values."""
+        self._optimizer.reset()
 
-    def _batches(self, order: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
-        for start in range(0, len(order), self._batch_size):
-            yield order[start : start + self._batch_size]
+    def __call__(
+        self, rows: tf.Tensor, labels: tf.Tensor, order: npt.NDArray[np.int64], dropout_seed: int, done: int
+    ) -> None:
+        """Take one step for each row of ``order``.
+
+        Args:
+            rows: [n, ...], at the cut.
+            labels: int32 [n].
+            order: [steps, batch], index into ``rows``.
+            dropout_seed: of the phase; each step draws from it and its number.
+            done: steps taken before.
+        """
+        number = tf.constant(done, tf.int32)
+        self._call(rows, labels, tf.constant(order, tf.int32), tf.constant(dropout_seed, tf.int32), number)
+
+    def take_sums(self) -> tuple[float, int]:
+        """Return the summed loss and the number of right answers since the last call of this, and begin at zero."""
+        sums = float(self._loss_sum), int(self._correct)
+        self._loss_sum.assign(0.0)
+        self._correct.assign(0)
+        return sums
+
+
+Call = tuple[tf.Tensor, tf.Tensor, npt.NDArray[np.int64]]
+
+
+class PhaseRun:
+    """One phase of one result: what an epoch of it does.
+
+    images: examples stepped over so far. per_call: steps in the next call.
+    """
+
+    def __init__(
+        self,
+        classifier: Classifier,
+        stage: Stage,
+        steps: Steps,
+        batch_size: int,
+        seed: int,
+        recalibrator: Recalibrator | None,
+    ) -> None:
+        self._recalibrator = recalibrator
+        self._stage = stage
+        self._steps = steps
+        self._batch_size = batch_size
+        self._seed = seed
+        self._dropout_seed = derived_seed(seed, f"dropout {stage.phase.name}")
+        self._predict = classifier.inference(stage.cut)
+        self.images = 0
+        self._done = 0
+        self.per_call = 1
+        self._timed_images = 0
+        self._timed_seconds = 0.0
+        row_bytes = stage.cut.dtype.itemsize * math.prod(stage.cut.shape)
+        self._most_per_call = max(1, _BYTES_AHEAD // (row_bytes * batch_size))
+        self._resident: tuple[tf.Tensor, tf.Tensor] | None = None
+        if isinstance(stage.train.values, np.ndarray):
+            self._resident = tf.constant(stage.train.values), tf.constant(stage.train.labels)
+            self._most_per_call = len(stage.index)
+        if steps.most_per_call is not None:
+            self._most_per_call = steps.most_per_call
+
+    @property
+    def examples_per_second(self) -> float:
+        """Return the examples a second in steps so far, but for the first call, which compiles."""
+        return self._timed_images / self._timed_seconds if self._timed_images else math.nan
 
     def epoch(self, number: int, advance: Callable[[int], None]) -> Epoch:
         """Run one epoch, numbered from 1 through all phases, and validate."""
         start = time.perf_counter()
-        rows, phase = self._stage.train, self._stage.phase
-        self._loss_sum.assign(0.0)
-        self._correct.assign(0)
-        order = self._order(number)
-        for index in self._batches(order):
-            stop_if_asked()
-            self._steps += 1
-            dropout_seed = tf.constant([self._dropout_seed, self._steps], tf.int32)
-            self._step(tf.constant(rows.values[index]), tf.constant(rows.labels[index]), dropout_seed)
-            advance(len(index))
-        examples = len(order)
-        if not math.isfinite(float(self._loss_sum)):
+        phase = self._stage.phase
+        order = np.random.default_rng(derived_seed(self._seed, "order", number)).permutation(self._stage.index)
+        self.steps_over(order, advance)
+        loss_sum, correct = self._steps.take_sums()
+        if not math.isfinite(loss_sum):
             tail = phase.trains is Part.TAIL
             raise ConfigError.of(
                 "TRANSFER_FINE_TUNE_LEARNING_RATE" if tail else "TRANSFER_LEARNING_RATE",
-                f"the training loss is {float(self._loss_sum)} in epoch {number} ({phase.name} phase), "
+                f"the training loss is {loss_sum} in epoch {number} ({phase.name} phase), "
                 f"at a peak rate of {phase.learning_rate:g}; give a lower rate",
             )
         loss, accuracy = self._validate(order)
         return Epoch(
             epoch=number,
             phase=phase.name,
-            train_loss=float(self._loss_sum) / examples,
-            train_accuracy=int(self._correct) / examples,
+            train_loss=loss_sum / len(order),
+            train_accuracy=correct / len(order),
             validation_loss=loss,
             validation_accuracy=accuracy,
             seconds=time.perf_counter() - start,
         )
+
+    def steps_over(self, order: npt.NDArray[np.int64], advance: Callable[[int], None]) -> None:
+        """Step over the rows at ``order`` (int64 [n]) once; ``advance`` is told of every call's examples."""
+        before = time.perf_counter()
+        for rows, labels, batches in self._feed(self._calls(order)):
+            stop_if_asked()
+            self._steps(rows, labels, batches, self._dropout_seed, self._done)
+            now = time.perf_counter()
+            if self._done > 0:
+                self._timed_images += batches.size
+                self._timed_seconds += now - before
+                fitting = int(_SECONDS_PER_CALL * len(batches) / (now - before))
+                self.per_call = min(max(1, fitting), self._most_per_call)
+            self._done += len(batches)
+            self.images += batches.size
+            before = now
+            advance(batches.size)
+
+    def _calls(self, order: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
+        """Yield the batches of each call, int64 [steps, batch]; the last, smaller batch has a call of its own."""
+        whole = len(order) // self._batch_size
+        batches = order[: whole * self._batch_size].reshape(whole, self._batch_size)
+        at = 0
+        while at < whole:
+            call = batches[at : at + self.per_call]
+            at += len(call)
+            yield call
+        if whole * self._batch_size < len(order):
+            yield order[whole * self._batch_size :][None]
+
+    def _feed(self, calls: Iterator[npt.NDArray[np.int64]]) -> Iterator[Call]:
+        """Yield rows, labels, and the calls' batches as indices into them.
+
+        Rows that are not in memory are read while the call before computes.
+        """
+        if self._resident is not None:
+            yield from ((*self._resident, batches) for batches in calls)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
+            ahead = next(calls, None)
+            future = None if ahead is None else reader.submit(self._read, ahead)
+            while future is not None:
+                ready = future.result()
+                following = next(calls, None)
+                future = None if following is None else reader.submit(self._read, following)
+                yield ready
+
+    def _read(self, batches: npt.NDArray[np.int64]) -> Call:
+        index = batches.ravel()
+        rows = self._stage.train
+        local = np.arange(len(index)).reshape(batches.shape)
+        return tf.constant(rows.values[index]), tf.constant(rows.labels[index]), local
 
     def _validate(self, order: npt.NDArray[np.int64]) -> tuple[float, float]:
         """Return mean loss and accuracy on the validation rows.
@@ -187,7 +336,7 @@ class _PhaseRun:
         Where BatchNorm trains, this is done with statistics re-estimated on some of the training rows, and the
         moving averages are put back: with momentum 0.999 their own curve would be flat at chance.
         """
-        validation, recalibrator = self._stage.validation, self._stage.recalibrator
+        validation, recalibrator = self._stage.validation, self._recalibrator
         if recalibrator is None:
             logits = run_over(self._predict, validation.values)
         else:
@@ -197,24 +346,3 @@ class _PhaseRun:
             batch_norm.assign(recalibrator.layers, kept)
         loss = float(cross_entropy(logits, validation.labels).mean())
         return loss, float((logits.argmax(axis=1) == validation.labels).mean())
-
-
-def make_optimizer(name: str, peak: float, steps: int) -> Any:
-    """Return a keras optimizer whose rate rises linearly to ``peak``, then falls to zero along a cosine.
-
-    steps: of the whole phase. Under mixed_float16 the optimizer scales the loss, as float16 gradients need.
-    """
-    warm_up = min(steps - 1, max(1, round(WARM_UP * steps))) if steps > 1 else 0
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0 if warm_up else peak, max(1, steps - warm_up), warmup_target=peak if warm_up else None, warmup_steps=warm_up
-    )
-    optimizers: dict[str, Callable[[], Any]] = {
-        "adam": lambda: keras.optimizers.Adam(schedule),
-        "adamw": lambda: keras.optimizers.AdamW(schedule),
-        "rmsprop": lambda: keras.optimizers.RMSprop(schedule),
-        "sgd": lambda: keras.optimizers.SGD(schedule, momentum=0.9),
-    }
-    optimizer = optimizers[name]()
-    if keras.config.dtype_policy().compute_dtype == "float16":
-        return keras.optimizers.LossScaleOptimizer(optimizer)
-    return optimizer

@@ -21,8 +21,9 @@ from job.arms import Part, Phase
 from job.backbones import preprocessing
 from job.features import Features, mean_and_deviation
 from job.model import Classifier, Head
+from job.row_cache import RowCache
 from job.settings import load
-from job.training import Stage, train
+from job.training import Stage, Trainer
 from tests.real import CATS, FLOWERS, SOLAR, Real
 
 SETS = {"cats_vs_dogs": CATS, "tf_flowers": FLOWERS, "solar_cells": SOLAR}
@@ -42,19 +43,18 @@ def heads(real: Real, changes: dict[str, str]) -> Iterator[tuple[str, float, flo
         settings = load(real.environment | changed | {"TRANSFER_OUTPUT_URI": str(folder / "output")})
         plan = planning.make(settings, runtime.start(settings.runtime), folder)
         pixels = data.read_splits(plan.source, settings.model.image_size, folder, settings.data.max_bad_images)
-        features = Features(pixels, folder, quiet)
+        features = Features(pixels, (Part.HEAD,), RowCache(folder / "features"), plan.rows_key(), quiet)
         for standardised, rate in itertools.product((False, True), HEAD_RATES):
             last = []
             for seed in SEEDS:
                 head = Head(len(plan.source.classes))
                 model = Classifier(plan.backbone, preprocessing(plan.row), head, plan.first_trainable)
-                cut = model.cut(Part.HEAD)
-                rows, validation = (features.rows(cut, split) for split in ("train", "validation"))
+                rows, validation = (features.rows(model, Part.HEAD, split) for split in ("train", "validation"))
                 if standardised:
-                    head.standardise(*mean_and_deviation(rows.values))
+                    head.standardise(*mean_and_deviation(rows.values[:]))
                 phase = Phase("head", Part.HEAD, settings.training.epochs, rate)
-                stage = Stage(phase, cut, rows, np.arange(len(rows)), validation)
-                last.append(train("head", model, (stage,), settings.training, seed, quiet).history[-1])
+                stage = Stage(phase, model.cut(Part.HEAD), rows, np.arange(len(rows)), validation)
+                last.append(Trainer("head", model, settings.training, quiet).train((stage,), seed).history[-1])
             accuracy = float(np.mean([epoch.validation_accuracy for epoch in last]))
             loss = float(np.mean([epoch.validation_loss for epoch in last]))
             yield f"frozen, {'standardised' if standardised else 'raw'} features, {rate:g}", accuracy, loss

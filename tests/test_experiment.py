@@ -81,7 +81,7 @@ def test_fine_tuning_everything_trains_the_whole_backbone(small: dict[str, str],
 def test_a_saved_model_that_predicts_otherwise_is_never_published(small: dict[str, str], tmp_path: Path) -> None:
     _, run = experiment(small, tmp_path, arms="frozen", epochs="1")
     outcome = run.result("frozen", 1.0, 0)
-    pixels = np.asarray(run._pixels["test"].values)
+    pixels = run._pixels["test"].values[:]
     folder = outcome.folder / outcome.record.saved_model
     assert export.prove(folder, pixels, outcome.test) <= export.TOLERANCE
     with pytest.raises(RuntimeError, match="differs from the evaluated model"):

@@ -20,7 +20,7 @@ PER_CLASS = ["name", "precision", "recall", "f1", "support"]
 SPLITS = ["train", "validation", "test"]
 RESULT = [
     *("arm", "train_fraction", "seed", "train_examples", "resumed", "parameters", "history", "metrics", "batch_norm"),
-    *("seconds", "examples_per_second", "cost", "saved_model"),
+    *("rows", "seconds", "examples_per_second", "cost", "saved_model"),
 ]
 NAMES = {
     "": [
@@ -37,6 +37,7 @@ NAMES = {
     "backbone": ["name", "image_size", "layers", "parameters", "weights"],
     "backbone.weights": ["source", "sha256"],
     "results": RESULT,
+    "results.rows": ["cut", "row_bytes", "kept"],
     "results.parameters": ["total", "trainable", "backbone_trainable"],
     "results.history": [
         *("epoch", "phase", "train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "seconds"),
@@ -125,6 +126,7 @@ def complete() -> dict[str, Any]:
                 "metrics": {name: split_metrics(size) for name, size in sizes.items()},
                 "batch_norm": {"test_accuracy_raw": 0.4, "test_accuracy_recalibrated": 0.5},
                 "seconds": dict.fromkeys(seconds, 1.25),
+                "rows": {"cut": "block_10_project_BN", "row_bytes": 38400, "kept": "disk"},
                 "examples_per_second": 20.0,
                 "cost": 0.25,
                 "saved_model": "arms/scratch/fraction-1/seed-0/saved_model",

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.conftest import CLASSES, ROOT, Published, run_job
@@ -137,8 +138,39 @@ def test_results_are_bit_identical_without_the_cache_and_in_another_order(
     done = run_job(small | changes | {"TRANSFER_OUTPUT_URI": str(tmp_path)})
     assert done.code == 0, done.errors
     for arm in ("fine_tune", "frozen"):
-        where = f"arms/{arm}/fraction-1/seed-0/predictions.csv"
-        assert (tmp_path / "uncached" / where).read_bytes() == (published.folder / where).read_bytes(), arm
+        where = f"arms/{arm}/fraction-1/seed-0"
+        predictions = [folder / where / "predictions.csv" for folder in (tmp_path / "uncached", published.folder)]
+        assert predictions[0].read_bytes() == predictions[1].read_bytes(), arm
+        models = [folder / where / "saved_model" for folder in (tmp_path / "uncached", published.folder)]
+        uncached, cached = (variables_of(model) for model in models)
+        assert uncached.keys() == cached.keys()
+        for name, value in uncached.items():
+            np.testing.assert_array_equal(value, cached[name], err_msg=f"{arm}: {name}")
+    manifest = json.loads((tmp_path / "uncached" / "manifest.json").read_text())
+    assert {result["arm"]: result["rows"]["kept"] for result in manifest["results"]} == {
+        "fine_tune": "no",
+        "frozen": "no",
+    }
+    assert not any("features of" in line["message"] for line in done.lines)
+
+
+def variables_of(saved_model: Path) -> dict[str, Any]:
+    """Return every number of a SavedModel under its name there."""
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(saved_model / "variables" / "variables"))
+    names = [name for name in reader.get_variable_to_shape_map() if name.endswith("VARIABLE_VALUE")]
+    assert len(names) > 100
+    return {name: reader.get_tensor(name) for name in names}
+
+
+def test_the_manifest_says_what_was_read_in_each_epoch(published: Published) -> None:
+    rows = {arm: result["rows"] for arm, result in by_arm(published).items()}
+    assert rows == {
+        "scratch": {"cut": "pixels", "row_bytes": 32 * 32 * 3, "kept": "disk"},
+        "frozen": {"cut": "pooled", "row_bytes": 1024 * 4, "kept": "memory"},
+        "fine_tune": {"cut": "conv_dw_12_relu", "row_bytes": 1 * 1 * 512 * 4, "kept": "disk"},
+    }
 
 
 def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -211,6 +243,8 @@ def test_plan_makes_the_checks_and_publishes_nothing(small: dict[str, str], tmp_
     plan = done.lines[-1]
     assert plan["examples"] == {"train": 72, "validation": 24, "test": 24}
     assert plan["fine_tune_from"] == "conv_pw_12"
+    assert plan["cut"] == "conv_dw_12_relu"
+    assert plan["row_bytes"] == 2048
     assert not (tmp_path / "output").exists()
 
 
@@ -233,7 +267,8 @@ def test_sigterm_ends_the_run_with_143_and_publishes_nothing(small: dict[str, st
     assert process.returncode == 143
     assert "SIGTERM" in rest
     assert not list((tmp_path / "output").rglob("manifest.json"))
-    assert not list((tmp_path / "scratch").iterdir())
+    # rows of frozen layers are kept for the next run, the workspace is not
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["features"]
 
 
 def test_env_prints_the_table_of_the_readme() -> None:

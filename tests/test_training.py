@@ -17,12 +17,13 @@ from job.backbone_table import BACKBONES
 from job.backbones import build, preprocessing
 from job.batch_norm import Recalibrator, assign, statistics
 from job.errors import ConfigError
-from job.features import INFERENCE_BATCH, Features, mean_and_deviation, run_over
+from job.features import INFERENCE_BATCH, mean_and_deviation, run_over
 from job.model import Classifier, Cut, Head
+from job.row_files import RowFileWriter
 from job.rows import Rows
 from job.runtime import derived_seed
 from job.settings import TrainingSettings
-from job.training import Stage, make_optimizer, train
+from job.training import Stage, Trainer
 
 FEATURES = 6
 
@@ -57,17 +58,28 @@ class Pooled:
         return tf.function(lambda rows: self.head(rows), autograph=False)
 
 
-POOLED = Cut("pooled", (FEATURES,), None, lambda rows, _: rows)
+POOLED = Cut("pooled", (FEATURES,), np.dtype(np.float32), lambda pixels: pixels, lambda rows, _: rows)
 
 
-def fit(rows: Rows, index: Any = None, **changes: Any) -> tuple[Pooled, Any]:
-    model = Pooled()
-    phase = Phase("head", Part.HEAD, 4, changes.pop("rate", 0.05))
+def stage_of(rows: Rows, index: Any = None, rate: float = 0.05) -> Stage:
     chosen = np.arange(len(rows)) if index is None else index
-    stage = Stage(phase, POOLED, rows, chosen, rows)
-    settings = TrainingSettings(epochs=4, batch_size=changes.pop("batch_size", 16), **changes)
-    quiet = console.Console(None)
-    return model, train("frozen", model, (stage,), settings, seed=3, console=quiet)  # type: ignore[arg-type]
+    return Stage(Phase("head", Part.HEAD, 4, rate), POOLED, rows, chosen, rows)
+
+
+def trainer_of(model: Pooled, batch_size: int = 16, **changes: Any) -> Trainer:
+    settings = TrainingSettings(epochs=4, batch_size=batch_size, **changes)
+    return Trainer("frozen", model, settings, console.Console(None))  # type: ignore[arg-type]
+
+
+def fit(rows: Rows, index: Any = None, rate: float = 0.05, **changes: Any) -> tuple[Pooled, Any]:
+    model = Pooled()
+    return model, trainer_of(model, **changes).train((stage_of(rows, index, rate),), seed=3)
+
+
+def on_disk(rows: Rows, path: Path) -> Rows:
+    with RowFileWriter(path, rows.values.shape[1:], rows.values.dtype, len(rows)) as writer:
+        writer.write(rows.values[:])
+    return replace(rows, values=writer.rows)
 
 
 def test_the_loop_learns_and_counts_every_example_once_an_epoch(separable: Rows) -> None:
@@ -86,9 +98,47 @@ def test_the_same_seed_gives_the_same_weights_bit_for_bit(separable: Rows) -> No
         np.testing.assert_array_equal(a, b)
 
 
+def test_rows_read_ahead_from_disk_train_as_rows_in_memory_do(separable: Rows, tmp_path: Path) -> None:
+    (one, in_memory), (other, from_disk) = fit(separable), fit(on_disk(separable, tmp_path / "rows.npy"))
+    for a, b in zip(one.head.get_weights(), other.head.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert [epoch.train_loss for epoch in in_memory.history] == [epoch.train_loss for epoch in from_disk.history]
+    assert from_disk.images == 4 * 90
+
+
+def test_several_steps_in_one_call_are_those_steps_one_by_one(separable: Rows) -> None:
+    order = np.random.default_rng(1).permutation(90)[:80].reshape(5, 16)
+    rows, labels = tf.constant(separable.values), tf.constant(separable.labels)
+    sums, weights = [], []
+    for calls in ([order], [batch[None] for batch in order]):
+        model = Pooled()
+        steps = trainer_of(model).steps(stage_of(separable))
+        done = 0
+        for call in calls:
+            steps(rows, labels, call, 5, done)
+            done += len(call)
+        sums.append(steps.take_sums())
+        weights.append(model.head.get_weights())
+    assert sums[0] == sums[1]
+    for a, b in zip(*weights, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_trainer_starts_its_next_result_anew(separable: Rows) -> None:
+    expected, first = fit(separable)
+    model = Pooled()
+    trainer = trainer_of(model)
+    for _ in range(2):
+        model.head.set_weights(Pooled().head.get_weights())
+        again = trainer.train((stage_of(separable),), seed=3)
+    assert [epoch.train_loss for epoch in again.history] == [epoch.train_loss for epoch in first.history]
+    for a, b in zip(expected.head.get_weights(), model.head.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_only_the_rows_at_the_index_are_trained_on(separable: Rows) -> None:
     index = np.flatnonzero(separable.labels != 2)
-    spoiled = replace(separable, values=separable.values.copy())
+    spoiled = replace(separable, values=separable.values[:].copy())
     spoiled.values[separable.labels == 2] = np.nan
     _, trained = fit(separable, index)
     _, same = fit(replace(spoiled, values=np.nan_to_num(spoiled.values)), index)
@@ -100,16 +150,6 @@ def test_only_the_rows_at_the_index_are_trained_on(separable: Rows) -> None:
 def test_every_optimizer_learns(separable: Rows, name: str) -> None:
     _, trained = fit(separable, optimizer=name)
     assert trained.history[-1].train_loss < trained.history[0].train_loss
-
-
-def test_the_rate_rises_to_its_peak_and_falls_to_zero() -> None:
-    schedule = make_optimizer("adam", 0.5, 100)._learning_rate
-    rates = [float(schedule(step)) for step in range(101)]
-    assert rates[0] == 0.0
-    assert max(rates) == pytest.approx(0.5)
-    assert rates.index(max(rates)) == 10
-    assert rates[100] == pytest.approx(0.0, abs=1e-6)
-    assert float(make_optimizer("adam", 0.5, 1)._learning_rate(0)) == pytest.approx(0.5)
 
 
 def test_a_loss_that_diverges_is_refused_by_the_name_of_its_rate(separable: Rows) -> None:
@@ -138,28 +178,6 @@ def test_rows_are_run_in_batches_of_one_shape_and_come_back_in_order() -> None:
     np.testing.assert_array_equal(run_over(double, values, index=np.array([5, 2])), [[10], [4]])
     with pytest.raises(ValueError, match="no rows"):
         run_over(double, values[:0])
-
-
-def test_features_are_made_once_and_pooled_rows_come_from_the_cut_before(tmp_path: Path) -> None:
-    made = []
-
-    def trunk(pixels: Any) -> Any:
-        made.append("trunk")
-        return tf.cast(pixels, tf.float32)[:, 0, 0, :] + 1
-
-    def tail(rows: Any, _training: bool) -> Any:
-        made.append("tail")
-        return rows * 2
-
-    pixels = rows_of(np.arange(5 * 12, dtype=np.uint8).reshape(5, 2, 2, 3), range(5))
-    features = Features({"train": pixels}, tmp_path, console.Console(None))
-    before = Cut("middle", (3,), trunk, tail)
-    pooled = Cut("pooled", (3,), lambda _: pytest.fail("the whole trunk ran"), lambda rows, _: rows)
-    expected = (pixels.values[:, 0, 0, :].astype(np.float32) + 1) * 2
-    np.testing.assert_array_equal(features.rows(pooled, "train", before).values, expected)
-    again = features.rows(pooled, "train", before)
-    assert made == ["trunk", "tail"]  # each traced once
-    assert again.ids == pixels.ids
 
 
 def test_mean_and_deviation_never_blow_up_a_feature_that_hardly_varies() -> None:
