@@ -43,7 +43,7 @@ recipe-tails: install  ## measure fine-tuning rates on three data sets; about an
 	$(BIN)/python -m tests.recipe tails
 
 .PHONY: bench
-bench: install  ## the job beside plain Keras on cats_vs_dogs from ../shared: tables for the README; over an hour
+bench: install  ## the job beside plain Keras on cats_vs_dogs from ../shared: tables for the README; two hours
 	$(BIN)/python -m tests.bench
 
 .PHONY: lint

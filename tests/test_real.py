@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.real import CATS, FLOWERS, SOLAR, Real
+from tests.test_run import variables_of
 
 pytestmark = pytest.mark.slow
 
@@ -65,3 +68,37 @@ def test_the_test_split_has_the_published_number_of_cells(tmp_path: Path) -> Non
         pytest.skip(missing)
     settings = load(SOLAR.environment | {"TRANSFER_DATA_DIR": str(tmp_path)})
     assert open_source(settings.data).splits["test"].examples == 656
+
+
+@pytest.mark.parametrize("deterministic", ["true", "false"])
+def test_rows_that_are_kept_train_as_frozen_layers_run_in_every_step(deterministic: str, tmp_path: Path) -> None:
+    if (missing := CATS.missing()) is not None:
+        pytest.skip(missing)
+    changes = {
+        "train_split": "train[:4%]",
+        "validation_split": "train[50%:52%]",
+        "test_split": "train[90%:]",
+        "arms": "frozen,fine_tune",
+        "epochs": "3",
+        "deterministic": deterministic,
+    }
+    kept = {cache: CATS.run(tmp_path / cache, feature_cache=cache, **changes) for cache in ("auto", "off")}
+    for result in kept["auto"]["results"]:
+        where = [tmp_path / cache / manifest["run_id"] / result["saved_model"] for cache, manifest in kept.items()]
+        files = [(folder.parent / "predictions.csv").read_text(encoding="utf-8") for folder in where]
+        cached, end_to_end = (variables_of(folder) for folder in where)
+        largest = max(float(np.abs(cached[name] - value).max()) for name, value in end_to_end.items())
+        logits = [logits_of(text) for text in files]
+        difference = np.abs(logits[0] - logits[1]).max() / np.ptp(logits[0])
+        told = f"weights differ by {largest:.1e}, logits by {difference:.1e} of their range"
+        sys.stderr.write(f"deterministic {deterministic}, {result['arm']}: {told}\n")
+        if deterministic == "true":
+            assert files[0] == files[1]
+            assert largest == 0.0
+        assert difference <= 1e-4
+
+
+def logits_of(predictions: str) -> Any:
+    """Return the logits of ``predictions.csv`` up to a constant per example: logarithms of the probabilities."""
+    rows = [line.split(",")[2:] for line in predictions.splitlines()[1:]]
+    return np.log(np.maximum(np.array(rows, np.float64), 1e-30))
