@@ -115,7 +115,7 @@ def _separable_step(x: tf.Tensor, depthwise: tf.Tensor, pointwise: tf.Tensor) ->
             for _ in range(4):
                 y = tf.nn.depthwise_conv2d(y, depthwise / 9, [1, 1, 1, 1], "SAME")
                 y = tf.nn.relu6(tf.nn.conv2d(y, pointwise, 1, "SAME"))
-            loss = tf.reduce_mean(y)
+            loss = tf.reduce_mean(tf.cast(y, tf.float32))
         return tf.add_n([tf.reduce_sum(gradient) for gradient in tape.gradient(loss, [depthwise, pointwise])])
 
     compiled: Callable[[], tf.Tensor] = step
