@@ -12,7 +12,7 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
     """Keras's layer on FusedBatchNormV3: float [batch, height, width, channels] -> the same.
 
     Keras 3 normalises with separate operations, each a pass over the whole feature map. Fused, MobileNetV2's training
-    step at 160 px was 1.7 times as fast on a CPU and its forward pass 1.3 times. Results differ from Keras's by
+    step at 160 px was 1.8 times as fast on a CPU and its forward pass 1.3 times. Results differ from Keras's by
     rounding; variables, momentum and what enters the moving averages are the same.
     """
 

@@ -3,7 +3,7 @@
     python -m tests.parts    a few minutes on two cores; ends in one line of JSON
 
 MobileNetV2 at 160 px, batches of 32 random photos. Rates alternate between the two and are medians; ``ratio`` is the
-median over the pairs. First steps (tracing included) are timed once each, in processes' usual order.
+median over the pairs. The optimizers' first updates, which trace them, are timed once each.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def compare(fused: Callable[[], Any], plain: Callable[[], Any], examples: int) -> dict[str, float]:
     """Return both rates, in examples per second, and their ratio."""
-    fused(), plain()
+    fused()
+    plain()
     pairs = [(seconds(fused), seconds(plain)) for _ in range(PAIRS)]
     return {
         "ours": median(examples / ours for ours, _ in pairs),
