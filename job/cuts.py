@@ -41,8 +41,8 @@ class Candidate:
 class Means:
     """What a choice depends on beside the network.
 
-    epochs: how often rows are read. examples: rows to keep, over all splits. disk, memory: bytes that are free.
-    flops_per_second: of the device.
+    epochs: how often rows are read. examples: rows to keep, over all splits. disk: free bytes. memory: bytes that the
+    process may take in all, which unlike the free ones are the same in every run. flops_per_second: of the device.
     """
 
     epochs: int

@@ -93,7 +93,8 @@ class Experiment:
         stop_if_asked()
         export_start = time.perf_counter()
         where = f"arms/{arm.name}/fraction-{fraction:g}/seed-{seed}"
-        self._export(classifier, test, self._folder / "publish" / where)
+        difference = self._export(classifier, test, self._folder / "publish" / where)
+        logger.info("%s: the reloaded SavedModel differs by %.1e in probability", arm.name, difference)
         export_seconds = time.perf_counter() - export_start
 
         data_seconds, self._data_seconds = self._data_seconds, 0.0  # decoding is shared: it stands at the first result
@@ -187,11 +188,12 @@ class Experiment:
         recalibrated = float(test.correct.mean())
         return test, manifest.BatchNorm(test_accuracy_raw=raw, test_accuracy_recalibrated=recalibrated)
 
-    def _export(self, classifier: Classifier, test: Predictions, target: Path) -> None:
+    def _export(self, classifier: Classifier, test: Predictions, target: Path) -> float:
+        """Write the SavedModel and the predictions; return by how much the reloaded model differs from ``test``."""
         self._exporter.export(classifier, target / "saved_model")
         difference = export.prove(target / "saved_model", self._pixels["test"].values, test)
-        logger.info("the reloaded SavedModel differs by %.1e in probability", difference)
         (target / "predictions.csv").write_text(test.to_csv(self._classes), encoding="utf-8")
+        return difference
 
 
 def _rows_read(stage: Stage) -> manifest.RowsRead:

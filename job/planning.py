@@ -15,7 +15,7 @@ import job
 from job import backbones, cuts, data, storage
 from job.arms import ARMS
 from job.backbone_table import BACKBONES, BackboneRow
-from job.budget import disk_left, memory_left
+from job.budget import disk_left, memory_limit
 from job.errors import ConfigError, Problem
 from job.model import row_dtype
 from job.runtime import Runtime
@@ -115,12 +115,12 @@ def _choose_cut(
         * len(settings.data.train_fractions),
         examples=examples,
         disk=disk_left(folder) - examples * settings.model.image_size**2 * 3,
-        memory=memory_left(),
+        memory=memory_limit(),
         flops_per_second=cuts.FLOPS_OF_GPU if machine.gpu else machine.cores * cuts.FLOPS_PER_CORE,
     )
     found = cuts.candidates(backbone, first_trainable, row_dtype().itemsize)
     chosen = cuts.choose(found, means)
-    if "fine_tune" in training.arms:
+    if "fine_tune" in training.arms and settings.runtime.feature_cache == "auto":
         logger.info(
             "fine_tune trains on rows at %s: %s bytes each, %s MB in all", chosen.name, f"{chosen.row_bytes:,}",
             f"{chosen.row_bytes * examples / 1e6:,.0f}", extra={"cut": chosen.name, "row_bytes": chosen.row_bytes},

@@ -82,7 +82,7 @@ class Trainer:
         self._settings = settings
         self._console = console
         self._xla = xla
-        self._steps: dict[tuple[Phase, str, int], Steps] = {}
+        self._steps: dict[Phase, tuple[int, Steps]] = {}
         self._recalibrator: Recalibrator | None = None
 
     def train(self, stages: tuple[Stage, ...], seed: int) -> Trained:
@@ -115,13 +115,16 @@ class Trainer:
     def steps(self, stage: Stage) -> Steps:
         """Return the compiled steps of ``stage``, at their beginning."""
         count = stage.phase.epochs * -(-len(stage.index) // self._settings.batch_size)
-        key = (stage.phase, stage.cut.name, count)
-        if key not in self._steps:
-            optimizer = make_optimizer(self._settings.optimizer, stage.phase.learning_rate, count)
-            self._steps[key] = Steps(self.classifier, stage.phase, stage.cut, optimizer, xla=self._xla)
-        else:
-            self._steps[key].reset()
-        return self._steps[key]
+        counted, steps = self._steps.get(stage.phase, (0, None))
+        if steps is not None and counted == count:
+            steps.reset()
+            return steps
+        # another fraction has another schedule; one set of slots is kept for a phase, as large as what trains in it
+        self._steps.pop(stage.phase, None)
+        optimizer = make_optimizer(self._settings.optimizer, stage.phase.learning_rate, count)
+        steps = Steps(self.classifier, stage.phase, stage.cut, optimizer, xla=self._xla)
+        self._steps[stage.phase] = count, steps
+        return steps
 
     def phase_run(self, stage: Stage, steps: Steps, seed: int) -> PhaseRun:
         """Return what takes ``steps`` through epochs of ``stage``."""

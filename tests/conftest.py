@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,25 @@ def published(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -
     assert process.code == 0, process.errors
     (folder,) = output.iterdir()
     return Published(process, folder, json.loads((folder / "manifest.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a storage server with one bucket, ``bucket``."""
+    from tests.servers import gcs_server
+
+    data = tmp_path_factory.mktemp("buckets")
+    (data / "bucket").mkdir()
+    with gcs_server(data) as url:
+        yield url
+
+
+@pytest.fixture
+def dtype_policy(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keras's dtype policy of the name that the test is parametrised with, and after it the one before."""
+    import keras
+
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(request.param)
+    yield
+    keras.config.set_dtype_policy(before)

@@ -1,17 +1,19 @@
-"""What two parts of the training step are worth: fused BatchNorm and the flat optimizer, each beside Keras's own.
+"""What single parts of the job are worth, each beside what it replaced: the figures of ARCHITECTURE.md.
 
-    python -m tests.parts    a few minutes on two cores; ends in one line of JSON
+    python -m tests.parts    a few minutes on two cores; ends in JSON
 
 MobileNetV2 at 160 px, batches of 32 random photos. Rates alternate between the two and are medians; ``ratio`` is the
-median over the pairs. The optimizers' first updates, which trace them, are timed once each.
+median over the pairs. What traces a graph (first updates, exports) is timed once each, in seconds.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,8 +24,11 @@ import tensorflow as tf
 from job.arms import Part, Phase
 from job.backbone_table import BACKBONES
 from job.backbones import build, preprocessing
+from job.export import Exporter
+from job.features import run_over
 from job.model import Classifier, Head
 from job.optimizers import FlatOptimizer, make_optimizer
+from job.row_files import RowFileWriter
 from job.training import Steps
 
 ROW = BACKBONES["MobileNetV2"]
@@ -36,14 +41,14 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def compare(fused: Callable[[], Any], plain: Callable[[], Any], examples: int) -> dict[str, float]:
+def compare(ours: Callable[[], Any], instead: Callable[[], Any], examples: int) -> dict[str, float]:
     """Return both rates, in examples per second, and their ratio."""
-    fused()
-    plain()
-    pairs = [(seconds(fused), seconds(plain)) for _ in range(PAIRS)]
+    ours()
+    instead()
+    pairs = [(seconds(ours), seconds(instead)) for _ in range(PAIRS)]
     return {
-        "ours": median(examples / ours for ours, _ in pairs),
-        "keras": median(examples / theirs for _, theirs in pairs),
+        "ours": median(examples / mine for mine, _ in pairs),
+        "instead": median(examples / theirs for _, theirs in pairs),
         "ratio": median(theirs / ours for ours, theirs in pairs),
     }
 
@@ -85,7 +90,29 @@ def main() -> None:
     first = {name: seconds(update) for name, update in updates.items()}
     found["optimizer, first update"] = {**first, "ratio": first["keras"] / first["ours"]}
     found["optimizer, updates"] = compare(updates["ours"], updates["keras"], 1)
-    sys.stdout.write(json.dumps(found) + "\n")
+
+    many = np.resize(pixels.numpy(), (512, SIZE, SIZE, 3))
+    one_by_one = [tf.constant(many[start : start + BATCH]) for start in range(0, len(many), BATCH)]
+    found["inference, two batches in flight"] = compare(
+        lambda: run_over(forward["ours"], many),
+        lambda: [forward["ours"](batch).numpy() for batch in one_by_one],
+        len(many),
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = np.random.default_rng(1).normal(size=(1600, 10, 10, 96)).astype(np.float32)
+        with RowFileWriter(folder / "rows.npy", rows.shape[1:], rows.dtype, len(rows)) as writer:
+            writer.write(rows)
+        index = np.random.default_rng(2).permutation(len(rows))[:BATCH]
+        found["rows from a file, beside an array"] = compare(
+            lambda: [writer.rows[index] for _ in range(100)], lambda: [rows[index] for _ in range(100)], 100 * BATCH
+        )
+        exporter, model = Exporter(["a", "b"]), classifier(build(ROW, SIZE))
+        times = {
+            which: seconds(lambda which=which: exporter.export(model, folder / which)) for which in ("first", "next")
+        }
+        found["export"] = {**times, "ratio": times["first"] / times["next"]}
+    sys.stdout.write(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

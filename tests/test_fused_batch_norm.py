@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -70,15 +69,8 @@ def test_batch_norm_of_dense_features_stays_as_it_is() -> None:
     assert type(layer) is keras.layers.BatchNormalization
 
 
-@pytest.fixture
-def half_precision() -> Iterator[None]:
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_bfloat16")
-    yield
-    keras.config.set_dtype_policy(before)
-
-
-@pytest.mark.usefixtures("half_precision")
+@pytest.mark.usefixtures("dtype_policy")
+@pytest.mark.parametrize("dtype_policy", ["mixed_bfloat16"], indirect=True)
 def test_under_mixed_precision_statistics_stay_in_single_precision() -> None:
     plain, fused = _pair(0.9)
     expected, found = _run(plain, training=True), _run(fused, training=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -53,15 +52,8 @@ def test_a_reset_begins_at_the_present_values_without_memory() -> None:
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.fixture
-def half_precision() -> Iterator[None]:
-    before = keras.config.dtype_policy()
-    keras.config.set_dtype_policy("mixed_float16")
-    yield
-    keras.config.set_dtype_policy(before)
-
-
-@pytest.mark.usefixtures("half_precision")
+@pytest.mark.usefixtures("dtype_policy")
+@pytest.mark.parametrize("dtype_policy", ["mixed_float16"], indirect=True)
 def test_in_half_precision_the_loss_is_scaled_and_a_step_that_overflows_changes_nothing() -> None:
     values = variables()
     optimizer = FlatOptimizer(make_optimizer("sgd", 0.1, 20), values)

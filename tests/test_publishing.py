@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,6 @@ from job.errors import ConfigError, UnavailableError
 from job.manifest import Artifact, Manifest, json_schema
 from job.publishing import Outcome, commit, existing, read_manifest, upload_tree, verify
 from job.storage import Store, checksums, open_store
-from tests.servers import gcs_server
 
 FINGERPRINT = "ab" * 32
 MODEL = "arms/frozen/fraction-1.0/seed-0/saved_model"
@@ -97,14 +96,6 @@ def manifest(artifacts: list[Artifact], **changes: Any) -> Manifest:
         "artifacts": artifacts,
     }
     return Manifest.model_validate(fields | changes)
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    data = tmp_path_factory.mktemp("buckets")
-    (data / "bucket").mkdir()
-    with gcs_server(data) as url:
-        yield url
 
 
 @pytest.fixture(params=["local", "gs"])

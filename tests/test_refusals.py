@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_job
-from tests.servers import gcs_server
 
 Change = dict[str, str]
 
@@ -79,14 +78,6 @@ BY_LOOKING: list[tuple[Change, str]] = [
     ({"AIP_MODEL_DIR": "gs://no-such-bucket/model"}, "AIP_MODEL_DIR"),
     ({"TRANSFER_CACHE_DIR": "{tmp}/garbage.h5/below"}, "TRANSFER_CACHE_DIR"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    data = tmp_path_factory.mktemp("buckets")
-    (data / "other").mkdir()
-    with gcs_server(data) as url:
-        yield url
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 
 from job.errors import ConfigError, UnavailableError
 from job.storage import Store, Stored, checksums, fetch, open_store, public_uri
-from tests.servers import FaultyProxy, faulty_proxy, gcs_server
+from tests.servers import FaultyProxy, faulty_proxy
 
 VARIABLE = "TRANSFER_OUTPUT_URI"
 SHORT = 2.0
@@ -23,14 +23,6 @@ LONG = 30.0
 
 def crc32c(data: bytes) -> str:
     return base64.b64encode(google_crc32c.value(data).to_bytes(4, "big")).decode()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    data = tmp_path_factory.mktemp("buckets")
-    (data / "bucket").mkdir()
-    with gcs_server(data) as url:
-        yield url
 
 
 @pytest.fixture
