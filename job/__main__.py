@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Callable
 
-from job import console as console_module
-from job import settings as settings_module
+from job import stopping
 from job.errors import ConfigError, JobError, Stopped
 
 USAGE = """usage: python -m job [run | plan | verify URI | env]
 
   run         the whole comparison, then publish (the default)
-  plan        every check that run makes before training; trains nothing
+  plan        every check that run makes before training, and what it would cost; trains nothing
   verify URI  check a published run: manifest, sizes and checksums
   env         print every variable: name, type, default, meaning
 """
 
 logger = logging.getLogger("job")
 
+# Modules are imported where they are needed: a signal is heeded from the first moment on, and TensorFlow takes seconds
+# that env, verify and a settings error must not.
+
 
 def main(arguments: list[str]) -> int:
     """Run one verb and return its exit code."""
     match arguments:
         case ["env"]:
-            sys.stdout.write(settings_module.variables_markdown())
-            return 0
+            return _guarded(_env)
         case [] | ["run"] | ["plan"]:
             return _guarded(lambda: _work(plan_only=arguments == ["plan"]))
         case ["verify", uri]:
@@ -37,33 +37,37 @@ def main(arguments: list[str]) -> int:
             return ConfigError.exit_code
 
 
-def _work(*, plan_only: bool) -> int:
-    settings = settings_module.load()
-    console = console_module.start(settings.runtime.log_format)
-    settings_module.quiet_tensorflow()
-    with console_module.quiet_standard_error():
-        # imported here, since TensorFlow takes seconds that env and a settings error must not
-        from job import planning, run, runtime
+def _env() -> int:
+    from job import settings
 
-        machine = runtime.start(settings.runtime)
+    sys.stdout.write(settings.variables_markdown())
+    return 0
+
+
+def _work(*, plan_only: bool) -> int:
+    from job import console, settings
+
+    _log(settings.log_format())
+    chosen = settings.load()
+    screen = console.start(chosen.runtime.log_format)
+    settings.quiet_tensorflow()
+    with console.quiet_standard_error():
+        from job import run, runtime
+
+        machine = runtime.start(chosen.runtime)
     logger.info("training on %s, %s", ", ".join(machine.devices), machine.precision)
-    with runtime.heed_sigterm():
-        if not plan_only:
-            run.run(settings, machine, console)
-            return 0
-        with run.workspace(settings.runtime) as folder:
-            found = planning.facts(planning.make(settings, machine, folder))
-    if console.rich is None:
-        sys.stdout.write(json.dumps(found) + "\n")
+    if plan_only:
+        run.plan(chosen, machine, screen)
     else:
-        console.table("plan", ("what", "found"), [(name, str(value)) for name, value in found.items()])
+        run.run(chosen, machine, screen)
     return 0
 
 
 def _verify(uri: str) -> int:
-    from job import publishing
+    from job import settings, verification
 
-    problems = publishing.verify(uri)
+    _log(settings.log_format())
+    problems = verification.verify(uri)
     for problem in problems:
         logger.error("%s", problem)
     if not problems:
@@ -71,8 +75,13 @@ def _verify(uri: str) -> int:
     return 1 if problems else 0
 
 
+def _log(log_format: str) -> None:
+    from job import console
+
+    console.start(log_format)
+
+
 def _guarded(work: Callable[[], int]) -> int:
-    console_module.start(settings_module.log_format())
     try:
         return work()
     except ConfigError as error:
@@ -82,13 +91,11 @@ def _guarded(work: Callable[[], int]) -> int:
     except (JobError, Stopped) as error:
         logger.error("%s", error)
         return error.exit_code
-    except KeyboardInterrupt:
-        logger.error("interrupted: nothing has been published")
-        return 143
     except Exception:
         logger.exception("unforeseen error; please report it with the lines above")
         return 1
 
 
 if __name__ == "__main__":
+    stopping.heed()
     sys.exit(main(sys.argv[1:]))

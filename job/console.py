@@ -141,7 +141,8 @@ def start(log_format: str, stream: TextIO | None = None) -> Console:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("job").setLevel(logging.INFO)
     logging.captureWarnings(capture=True)
-    # notices of TensorFlow's and TFDS's own deprecations: nothing that a user of the job could act on
-    for library in ("absl", "tensorflow", "urllib3"):
+    # notices of TensorFlow's and TFDS's own deprecations, and of each try for credentials, of which the job tells itself:
+    # nothing that a user of the job could act on
+    for library in ("absl", "google.auth", "tensorflow", "urllib3"):
         logging.getLogger(library).setLevel(logging.ERROR)
     return console

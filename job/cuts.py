@@ -62,14 +62,13 @@ def candidates(backbone: keras.Model, first_trainable: int, value_bytes: int = 4
     """
     operations = backbone.operations
     end = operations.index(backbone.layers[first_trainable])
-    last_use = {id(tensor): index for index, op in enumerate(operations) for tensor in _inputs(op)}
-    last_use |= {id(tensor): len(operations) for tensor in backbone.outputs}
+    last_use = last_uses(backbone)
     flops = [_flops(op) for op in operations[:end]]
     pixels = math.prod(backbone.input_shape[1:])
     found = [Candidate(PIXELS, None, pixels, sum(flops))]
     live: set[int] = set()
     for index, op in enumerate(operations[:end]):
-        outputs = _as_list(op.output)
+        outputs = outputs_of(op)
         live = {tensor for tensor in live | {id(tensor) for tensor in outputs} if last_use.get(tensor, -1) > index}
         if index > 0 and live == {id(outputs[0])}:
             row_bytes = math.prod(outputs[0].shape[1:]) * value_bytes
@@ -99,14 +98,27 @@ def seconds_per_example(cut: Candidate, means: Means) -> float:
 
 def _flops(operation: Any) -> int:
     """Return the operations for one example: every weight of a kernel is used once at every output position."""
-    shape = _as_list(operation.output)[0].shape[1:]
+    shape = outputs_of(operation)[0].shape[1:]
     positions = math.prod(shape[:-1])
     kernels = sum(math.prod(w.shape) for w in getattr(operation, "weights", []) if len(w.shape) > 1)
     return int(2 * kernels * positions + _FLOPS_PER_VALUE * math.prod(shape))
 
 
-def _inputs(operation: Any) -> list[Any]:
+def last_uses(backbone: keras.Model) -> dict[int, int]:
+    """Return, by a tensor's id, the index in ``backbone.operations`` of the last one that needs it."""
+    operations = backbone.operations
+    found = {id(tensor): index for index, op in enumerate(operations) for tensor in inputs_of(op)}
+    return found | {id(tensor): len(operations) for tensor in backbone.outputs}
+
+
+def inputs_of(operation: Any) -> list[Any]:
+    """Return the tensors that a Keras operation takes; none for the input layer."""
     return [] if isinstance(operation, keras.layers.InputLayer) else _as_list(operation.input)
+
+
+def outputs_of(operation: Any) -> list[Any]:
+    """Return the tensors that a Keras operation makes."""
+    return _as_list(operation.output)
 
 
 def _as_list(tensors: Any) -> list[Any]:

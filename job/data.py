@@ -6,8 +6,8 @@ import contextlib
 import difflib
 import errno
 import io
+import itertools
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +22,9 @@ import tensorflow_datasets as tfds
 import job.datasets  # noqa: F401  (registers the builders of our own)
 from job.errors import ConfigError, UnavailableError
 from job.rows import Rows, decode_image, decode_rows, duplicates_across_splits, stratified_subset
-from job.runtime import stop_if_asked
 from job.settings import DataSettings
 from job.splits import SPLIT_VARIABLES, first_line, resolve_splits
+from job.stopping import stop_if_asked
 
 __all__ = [
     "Rows",
@@ -32,6 +32,7 @@ __all__ = [
     "Split",
     "decode_image",
     "duplicates_across_splits",
+    "first_rows",
     "open_source",
     "read_splits",
     "stratified_subset",
@@ -292,11 +293,10 @@ def read_splits(
 
     Raises:
         ConfigError: too many undecodable images, a split or a class of the train split without an example, labels
-            that are missing, or no room in ``folder``.
+            that are missing, or ``folder`` ran full.
         UnavailableError: the records could not be read to their end.
     """
     total = sum(split.examples for split in source.splits.values())
-    _check_space(folder, total * image_size**2 * 3)
     done = 0
     bad: list[str] = []
 
@@ -342,14 +342,20 @@ def read_splits(
     return rows
 
 
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ConfigError.of(
-            "TRANSFER_CACHE_DIR",
-            f"the decoded images need {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB free; "
-            "give a larger disk, smaller splits or a smaller TRANSFER_IMAGE_SIZE",
-        )
+def first_rows(source: Source, part: str, examples: int, image_size: int, folder: Path) -> tuple[Rows, float]:
+    """Decode the first ``examples`` of a split, to ``sample.npy`` in ``folder``: perhaps none can be.
+
+    Returns them, and how many examples a second were decoded after the first. Raises like :func:`read_splits`.
+    """
+    times: list[float] = []
+
+    def count(_example_id: str, _decoded: bool) -> None:
+        stop_if_asked()
+        times.append(time.perf_counter())
+
+    some = itertools.islice(_examples(source, part), examples)
+    rows = decode_rows(some, examples, image_size, folder / "sample.npy", count)
+    return rows, (len(times) - 1) / max(times[-1] - times[0], 1e-6)
 
 
 def _examples(source: Source, part: str) -> Iterator[tuple[str, int, bytes]]:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from job import backbones, export, manifest
 from job.arms import ARMS, Arm, Part, Recipe
+from job.checkpoints import Checkpoints
 from job.console import Console
 from job.evaluation import Predictions, predict
 from job.features import Computed, Features, mean_and_deviation
@@ -21,8 +22,10 @@ from job.model import Classifier, Head
 from job.planning import Plan
 from job.row_cache import RowCache
 from job.rows import Rows, stratified_subset
-from job.runtime import derived_seed, stop_if_asked
-from job.training import Stage, Trained, Trainer
+from job.runtime import derived_seed
+from job.steps import Stage
+from job.stopping import stop_if_asked
+from job.training import Saving, Trained, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +43,19 @@ class Experiment:
     """All results of a run: they share the decoded photos, the pretrained weights and the rows of frozen layers."""
 
     def __init__(
-        self, plan: Plan, pixels: dict[str, Rows], data_seconds: float, folder: Path, console: Console
+        self,
+        plan: Plan,
+        pixels: dict[str, Rows],
+        data_seconds: float,
+        folder: Path,
+        console: Console,
+        checkpoints: Checkpoints | None = None,
     ) -> None:
-        """Take the checked plan, the decoded splits and the seconds that decoding took, and local scratch space."""
+        """Take the checked plan, the decoded splits and the seconds that decoding took, and local scratch space.
+
+        checkpoints: where training is saved, and from where it goes on.
+        """
+        self._checkpoints = checkpoints
         self._plan = plan
         self._pixels = pixels
         self._data_seconds = data_seconds
@@ -76,9 +89,13 @@ class Experiment:
         trainer, stages = self.prepare(arm, index, seed)
         features_seconds = time.perf_counter() - start
         stop_if_asked()
-        trained = trainer.train(stages, seed)
+        name = result_name(arm.name, fraction, seed)
+        training_start = time.perf_counter()
+        trained = trainer.train(stages, seed, Saving(self._checkpoints, name) if self._checkpoints else None)
+        earlier_seconds = max(0.0, trained.seconds - (time.perf_counter() - training_start))
         classifier = trainer.classifier
 
+        logger.info("%s: evaluating", arm.name, extra={"arm": arm.name, "seed": seed})
         evaluation_start = time.perf_counter()
         last = stages[-1]
         test, norm = self._test(arm, trainer, last)
@@ -91,6 +108,7 @@ class Experiment:
         evaluation_seconds = time.perf_counter() - evaluation_start
 
         stop_if_asked()
+        logger.info("%s: exporting", arm.name, extra={"arm": arm.name, "seed": seed})
         export_start = time.perf_counter()
         where = f"arms/{arm.name}/fraction-{fraction:g}/seed-{seed}"
         difference = self._export(classifier, test, self._folder / "publish" / where)
@@ -104,7 +122,7 @@ class Experiment:
             training=trained.seconds,
             evaluation=evaluation_seconds,
             export=export_seconds,
-            total=time.perf_counter() - start + data_seconds,
+            total=time.perf_counter() - start + data_seconds + earlier_seconds,
         )
         price = self._plan.settings.output.cost_per_hour
         record = manifest.Result(
@@ -112,7 +130,7 @@ class Experiment:
             train_fraction=fraction,
             seed=seed,
             train_examples=len(index),
-            resumed=0,
+            resumed=trained.resumed,
             parameters=_parameters(classifier, last.phase.trains),
             history=trained.history,
             metrics=metrics,
@@ -194,6 +212,11 @@ class Experiment:
         difference = export.prove(target / "saved_model", self._pixels["test"].values, test)
         (target / "predictions.csv").write_text(test.to_csv(self._classes), encoding="utf-8")
         return difference
+
+
+def result_name(arm: str, fraction: float, seed: int) -> str:
+    """Return what names a result, fit for a file's name."""
+    return f"{arm}-fraction-{fraction:g}-seed-{seed}"
 
 
 def _rows_read(stage: Stage) -> manifest.RowsRead:

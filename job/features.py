@@ -26,7 +26,7 @@ from job.model import Classifier, Cut
 from job.row_cache import RowCache
 from job.row_files import RowFile
 from job.rows import Rows, RowValues
-from job.runtime import stop_if_asked
+from job.stopping import stop_if_asked
 
 logger = logging.getLogger(__name__)
 

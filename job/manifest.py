@@ -20,6 +20,11 @@ from pydantic import (
 SCHEMA_VERSION: Literal["1.0"] = "1.0"
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+# Names in a run's folder. What lies below PENDING is unfinished work, and gone once the run is published.
+MANIFEST = "manifest.json"
+SCHEMA = "manifest.schema.json"
+PENDING = "checkpoints"
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]

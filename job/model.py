@@ -124,11 +124,15 @@ class Classifier:
             )
         return self._inference[cut.name]
 
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """Return all variables, the state of random generators in the backbone included, which are no weights."""
+        return [*self.backbone.variables, *self.head.variables]
+
     def set_weights(self, other: Classifier) -> None:
         """Take the values of every variable of ``other``, which has the same structure."""
-        if other.backbone is not self.backbone:
-            self.backbone.set_weights(other.backbone.get_weights())
-        self.head.set_weights(other.head.get_weights())
+        for mine, value in zip(self.variables, [np.array(each) for each in other.variables], strict=True):
+            mine.assign(value)
 
     def backbone_variables(self, part: Part) -> list[keras.Variable]:
         """Return the backbone's variables that train with ``part``."""

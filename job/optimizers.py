@@ -51,6 +51,11 @@ class FlatOptimizer:
         self._initial = [np.array(variable) for variable in optimizer.variables]
         self.reset()
 
+    @property
+    def state(self) -> list[keras.Variable]:
+        """Return the variables that an update changes beside those that it updates."""
+        return list(self._optimizer.variables)
+
     def reset(self) -> None:
         """Begin anew at the variables' present values: step 0, no momentum."""
         for variable, value in zip(self._optimizer.variables, self._initial, strict=True):

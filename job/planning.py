@@ -12,15 +12,16 @@ import keras
 import tensorflow as tf
 
 import job
-from job import backbones, cuts, data, storage
-from job.arms import ARMS
+from job import backbones, cuts, data, needs, publishing, storage
+from job.arms import ARMS, Part, Phase, Recipe
 from job.backbone_table import BACKBONES, BackboneRow
 from job.budget import disk_left, memory_limit
 from job.errors import ConfigError, Problem
 from job.model import row_dtype
 from job.runtime import Runtime
-from job.settings import Settings, fingerprint
+from job.settings import Settings, TrainingSettings, fingerprint
 from job.storage import Store
+from job.store import LocalStore
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ class Plan:
 
     backbone: with its pretrained weights where an arm needs them, truncated if asked. first_trainable: index of the
     layer of ``backbone`` where fine_tune's tail starts. cut: where its trunk ends. weights: None where only scratch
-    runs. store: the run's own place. model_store: where AIP_MODEL_DIR wants the best model.
+    runs. store: the run's own place. checkpoints: where its unfinished work is kept. model_store: where AIP_MODEL_DIR
+    wants the best model. memory, disk: what the run takes; empty where it is published already.
     """
 
     settings: Settings
@@ -45,23 +47,21 @@ class Plan:
     fingerprint: str
     run_id: str
     store: Store
+    checkpoints: Store
     model_store: Store | None
+    memory: needs.Memory
+    disk: tuple[needs.Space, ...]
 
     def rows_key(self) -> dict[str, Any]:
         """Return what decides rows of the frozen layers, beside the examples and the cut."""
-        model, source = self.settings.model, self.source
-        return {
-            "dataset": source.name,
-            "data": source.identity,
-            "image_size": model.image_size,
-            "backbone": self.row.name,
-            "truncate_at": model.truncate_at,
-            "preprocessing": self.row.module,
-            "weights": self.weights.sha256 if self.weights else None,
-            "precision": self.runtime.precision,
-            "device": "GPU" if self.runtime.gpu else "CPU",
-            "versions": {"job": job.__version__, "tensorflow": tf.__version__, "keras": keras.__version__},
-        }
+        return _rows_key(self.settings, self.runtime, self.source, self.weights)
+
+
+def phases_of(training: TrainingSettings) -> dict[str, tuple[Phase, ...]]:
+    """Return the phases of every arm that runs."""
+    rates = training.learning_rate, training.fine_tune_learning_rate
+    recipe = Recipe(training.epochs, training.resolved_head_epochs, *rates)
+    return {arm: ARMS[arm].phases(recipe) for arm in training.arms}
 
 
 def make(settings: Settings, machine: Runtime, folder: Path) -> Plan:
@@ -71,12 +71,15 @@ def make(settings: Settings, machine: Runtime, folder: Path) -> Plan:
     found; a data set that would have to be prepared first is only looked at when nothing else is wrong.
     """
     problems: list[Problem] = []
-    store = model_store = model = source = None
+    places = outline = model = source = None
     try:
-        store, model_store = _open_places(settings)
+        places = _open_places(settings)
     except ConfigError as error:
         problems.extend(error.problems)
     try:
+        outline = _outline(settings)
+        # the batch is held against the memory when it is known how many examples there are
+        _check_memory(_memory(settings, machine, *outline, 2, 0))
         model = _load_backbone(settings, folder)
     except ConfigError as error:
         problems.extend(error.problems)
@@ -84,9 +87,9 @@ def make(settings: Settings, machine: Runtime, folder: Path) -> Plan:
         source = data.open_source(settings.data, prepare=not problems)
     except ConfigError as error:
         problems.extend(error.problems)
-    if problems or store is None or model is None or source is None:
+    if problems or places is None or outline is None or model is None or source is None:
         raise ConfigError(problems)
-    backbone, first_trainable, loaded = model
+    (backbone, loaded), (_, first_trainable) = model, outline
     mark = fingerprint(
         {
             "settings": settings.deciding(),
@@ -98,23 +101,112 @@ def make(settings: Settings, machine: Runtime, folder: Path) -> Plan:
         }
     )
     run_id = settings.output.run_id or f"{source.name.replace('/', '-')}-{settings.model.backbone}-{mark[:12]}"
-    cut = _choose_cut(settings, machine, source, backbone, first_trainable, folder)
+    store, checkpoints = places.output.child(run_id), places.checkpoints_of(run_id)
+    kept = _kept_rows(settings, folder, _rows_key(settings, machine, source, loaded))
+    cut = _choose_cut(settings, machine, source, backbone, first_trainable, folder, kept)
+    examples = {name: split.examples for name, split in source.splits.items()}
+    batch = min(settings.training.batch_size, max(2, examples["train"]))
+    memory = _memory(settings, machine, backbone, first_trainable, batch, sum(examples.values()))
+    disk = _disk(settings, folder, source, backbone, cut, kept, (store, checkpoints))
+    if publishing.read_manifest(store) is None:
+        _check_memory(memory)
+        if problems := needs.disk_problems(disk):
+            raise ConfigError(problems)
     return Plan(
         settings, machine, source, BACKBONES[settings.model.backbone], backbone, first_trainable, cut, loaded,
-        mark, run_id, store.child(run_id), model_store,
+        mark, run_id, store, checkpoints, places.model, memory, disk,
     )  # fmt: skip
 
 
+def _rows_key(
+    settings: Settings, machine: Runtime, source: data.Source, weights: backbones.LoadedWeights | None
+) -> dict[str, Any]:
+    model, row = settings.model, BACKBONES[settings.model.backbone]
+    return {
+        "dataset": source.name,
+        "data": source.identity,
+        "image_size": model.image_size,
+        "backbone": row.name,
+        "truncate_at": model.truncate_at,
+        "preprocessing": row.module,
+        "weights": weights.sha256 if weights else None,
+        "precision": machine.precision,
+        "device": "GPU" if machine.gpu else "CPU",
+        "versions": {"job": job.__version__, "tensorflow": tf.__version__, "keras": keras.__version__},
+    }
+
+
+def _memory(
+    settings: Settings, machine: Runtime, backbone: keras.Model, first_trainable: int, batch: int, examples: int
+) -> needs.Memory:
+    training = settings.training
+    return needs.memory(
+        backbone, first_trainable, phases_of(training), training.optimizer, batch, examples, memory_limit(),
+        gpu=machine.gpu,
+    )  # fmt: skip
+
+
+def _check_memory(memory: needs.Memory) -> None:
+    if (problem := memory.problem()) is not None:
+        raise ConfigError([problem])
+    if memory.is_tight:
+        logger.warning(
+            "the run may take %s of the %s of memory that it may use: if it is killed, give a smaller "
+            "TRANSFER_BATCH_SIZE, or more memory", needs.gigabytes(memory.needed), needs.gigabytes(memory.limit),
+        )  # fmt: skip
+
+
+def _kept_rows(settings: Settings, folder: Path, key: dict[str, Any]) -> dict[tuple[str, str], int]:
+    return needs.kept_rows(Path(settings.runtime.cache_dir or folder) / "features", key)
+
+
+def _disk(
+    settings: Settings, folder: Path, source: data.Source, backbone: keras.Model, cut: cuts.Candidate,
+    kept: dict[tuple[str, str], int], stores: tuple[Store, Store],
+) -> tuple[needs.Space, ...]:  # fmt: skip
+    """Return what is written to local disks. The first place is the scratch space."""
+    training = settings.training
+    phases = phases_of(training)
+    row_bytes = {}
+    if settings.runtime.feature_cache == "auto" and any(ARMS[arm].pretrained for arm in phases):
+        row_bytes[cuts.POOLED] = 4 * int(backbone.output_shape[-1])
+        if cut.operation is not None and any(p.trains is Part.TAIL for each in phases.values() for p in each):
+            row_bytes[cut.name] = cut.row_bytes
+    pixels = rows = 0
+    for name, split in source.splits.items():
+        pixels += split.examples * settings.model.image_size**2 * 3
+        rows += sum(split.examples * size for at, size in row_bytes.items() if (at, name) not in kept)
+    model = needs.bytes_of_model(backbone)
+    results = len(training.arms) * len(training.seeds) * len(settings.data.train_fractions)
+    scratch = "TRANSFER_CACHE_DIR"
+    places = [
+        needs.Space(scratch, folder, pixels, "decoded images"),
+        needs.Space(scratch, folder, rows, "rows of frozen layers"),
+        needs.Space(scratch, folder, needs.COPIES_IN_SCRATCH * model, "a model and a checkpoint"),
+    ]
+    store, checkpoints = stores
+    if isinstance(store, LocalStore):
+        # finished results are stored first, and copied to their places when all are
+        places.append(needs.Space(store.variable, Path(store.uri), 2 * results * model, "the published models"))
+    if isinstance(checkpoints, LocalStore):
+        size = needs.COPIES_IN_CHECKPOINTS * model
+        places.append(needs.Space(checkpoints.variable, Path(checkpoints.uri), size, "checkpoints"))
+    return tuple(places)
+
+
 def _choose_cut(
-    settings: Settings, machine: Runtime, source: data.Source, backbone: keras.Model, first_trainable: int, folder: Path
-) -> cuts.Candidate:
+    settings: Settings, machine: Runtime, source: data.Source, backbone: keras.Model, first_trainable: int,
+    folder: Path, kept: dict[tuple[str, str], int],
+) -> cuts.Candidate:  # fmt: skip
     training, examples = settings.training, sum(split.examples for split in source.splits.values())
+    other = settings.model.image_size**2 * 3 + 4 * backbone.output_shape[-1]
     means = cuts.Means(
         epochs=(training.epochs - training.resolved_head_epochs)
         * len(training.seeds)
         * len(settings.data.train_fractions),
         examples=examples,
-        disk=disk_left(folder) - examples * settings.model.image_size**2 * 3,
+        # rows that are kept from an earlier run take no room again: with them, the choice is the same as it was then
+        disk=disk_left(folder) + sum(kept.values()) - examples * other,
         memory=memory_limit(),
         flops_per_second=cuts.FLOPS_OF_GPU if machine.gpu else machine.cores * cuts.FLOPS_PER_CORE,
     )
@@ -128,24 +220,64 @@ def _choose_cut(
     return chosen
 
 
-def _open_places(settings: Settings) -> tuple[Store, Store | None]:
-    store = storage.open_store(settings.output.output_uri, "TRANSFER_OUTPUT_URI")
-    store.probe()
-    if settings.platform.model_dir is None:
-        return store, None
-    model_store = storage.open_store(settings.platform.model_dir, "AIP_MODEL_DIR")
-    model_store.probe()
-    return store, model_store
+@dataclass(frozen=True)
+class _Places:
+    """Where runs, unfinished work and the best model go. checkpoints: None where they lie under the run itself."""
+
+    output: Store
+    checkpoints: Store | None
+    model: Store | None
+
+    def checkpoints_of(self, run_id: str) -> Store:
+        if self.checkpoints is None:
+            return self.output.child(run_id).child("checkpoints")
+        return self.checkpoints.child(run_id)
 
 
-def _load_backbone(settings: Settings, folder: Path) -> tuple[keras.Model, int, backbones.LoadedWeights | None]:
+def _open_places(settings: Settings) -> _Places:
+    """Open and probe every place that is written to, and report all that is wrong with them together."""
+    output, on_platform = settings.output, settings.platform
+    checkpoints = output.checkpoint_uri or on_platform.checkpoint_dir
+    variable = "TRANSFER_CHECKPOINT_URI" if output.checkpoint_uri else "AIP_CHECKPOINT_DIR"
+    problems: list[Problem] = []
+
+    def opened(uri: str | None, variable: str) -> Store | None:
+        if uri is None:
+            return None
+        try:
+            store = storage.open_store(uri, variable)
+            store.probe()
+        except ConfigError as error:
+            problems.extend(error.problems)
+            return None
+        return store
+
+    store = opened(output.output_uri, "TRANSFER_OUTPUT_URI")
+    places = opened(checkpoints, variable), opened(on_platform.model_dir, "AIP_MODEL_DIR")
+    if store is None or problems:
+        raise ConfigError(problems)
+    return _Places(store, *places)
+
+
+def _outline(settings: Settings) -> tuple[keras.Model, int]:
+    """Return the backbone without values in its variables, and where fine_tune starts: a network of 1.4 GB takes 7 MB.
+
+    Raises:
+        ConfigError: it has no layer of a name that is asked for.
+    """
+    model, row = settings.model, BACKBONES[settings.model.backbone]
+    with keras.StatelessScope(initialize_variables=False):
+        backbone = backbones.build(row, model.image_size)
+        shortened = backbones.truncate(backbone, model.truncate_at) if model.truncate_at else backbone
+    return shortened, backbones.first_trainable(shortened, settings.training.fine_tune_from or row.fine_tune_from)
+
+
+def _load_backbone(settings: Settings, folder: Path) -> tuple[keras.Model, backbones.LoadedWeights | None]:
     model, row = settings.model, BACKBONES[settings.model.backbone]
     backbone = backbones.build(row, model.image_size)
-    # layer names are checked before the weights, which may have to be downloaded
     shortened = backbones.truncate(backbone, model.truncate_at) if model.truncate_at else backbone
-    first = backbones.first_trainable(shortened, settings.training.fine_tune_from or row.fine_tune_from)
     if not any(ARMS[arm].pretrained for arm in settings.training.arms):
-        return shortened, first, None
+        return shortened, None
     home = Path(settings.platform.keras_home).expanduser() if settings.platform.keras_home else None
     weights = model.weights
     if weights != "imagenet":
@@ -158,7 +290,7 @@ def _load_backbone(settings: Settings, folder: Path) -> tuple[keras.Model, int, 
     for note in loaded.notes:
         logger.warning("%s", note)
     logger.info("weights of %s: %s", row.name, loaded.source, extra={"source": loaded.source, "sha256": loaded.sha256})
-    return shortened, first, loaded
+    return shortened, loaded
 
 
 def _package_cache(keras_home: Path | None, folder: Path) -> Path:
@@ -172,22 +304,39 @@ def _package_cache(keras_home: Path | None, folder: Path) -> Path:
 
 
 def facts(plan: Plan) -> dict[str, Any]:
-    """Return what ``python -m job plan`` tells, as JSON."""
-    splits = {name: split.examples for name, split in plan.source.splits.items()}
+    """Return what is known of a run without measuring, as JSON values: sizes in bytes, ``steps`` of each arm in all."""
+    settings, source, machine = plan.settings, plan.source, plan.runtime
+    training, fractions = settings.training, settings.data.train_fractions
+    batches = sum(-(-train_examples(plan, fraction) // training.batch_size) for fraction in fractions)
+    needed, free = needs.disk(plan.disk)
     return {
         "run_id": plan.run_id,
         "output": plan.store.uri,
+        "checkpoints": plan.checkpoints.uri,
         "fingerprint": plan.fingerprint,
-        "devices": list(plan.runtime.devices),
-        "precision": plan.runtime.precision,
-        "dataset": f"{plan.source.name}:{plan.source.version}",
-        "classes": len(plan.source.classes),
-        "examples": splits,
+        "devices": list(machine.devices),
+        "device_proof": machine.proof,
+        "precision": machine.precision,
+        "xla": machine.xla,
+        "dataset": f"{source.name}:{source.version}",
+        "classes": len(source.classes),
+        "examples": {name: split.examples for name, split in source.splits.items()},
         "backbone": plan.row.name,
         "weights": plan.weights.source if plan.weights else None,
         "fine_tune_from": plan.backbone.layers[plan.first_trainable].name,
         "cut": plan.cut.name,
         "row_bytes": plan.cut.row_bytes,
-        "arms": list(plan.settings.training.arms),
-        "epochs": plan.settings.training.epochs,
+        "arms": list(training.arms),
+        "epochs": training.epochs,
+        "fractions": list(fractions),
+        "seeds": list(training.seeds),
+        "results": len(training.arms) * len(fractions) * len(training.seeds),
+        "steps": dict.fromkeys(training.arms, batches * training.epochs * len(training.seeds)),
+        "disk": {"needed": needed, "free": free},
+        "memory": {"needed": plan.memory.needed, "limit": plan.memory.limit},
     }
+
+
+def train_examples(plan: Plan, fraction: float) -> int:
+    """Return about how many examples a result at ``fraction`` trains on; classes are rounded one by one."""
+    return max(1, round(fraction * plan.source.splits["train"].examples))

@@ -1,35 +1,45 @@
-"""Publishing is a commit: artifacts first, then the manifest, once; and the check of what was published.
+"""Publishing is a commit: artifacts first, then the manifest, once.
 
-A run counts as published when its ``manifest.json`` is there. It is written create-only, so of two runs with one id
-one wins, and the other finds its work done.
+A run counts as published when its ``manifest.json`` is there. Several processes may work on one run, since schedulers
+start a second one before the first is gone, and any of them may be killed at any moment. So nothing is written to its
+final place before it is decided who publishes what:
+
+1. A finished result's files are stored under ``checkpoints/finished/`` in a folder of their own; a record beside them
+   tells of it. A restarted run does not train it again.
+2. Where all results are finished, the whole manifest is written to ``checkpoints/commit.json``, create-only. Of several
+   processes one succeeds; the others take its manifest for their own.
+3. The files named in the commit are copied to their final places. Whoever does this writes the same bytes.
+4. ``manifest.json`` is created, and everything below ``checkpoints/`` is removed.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import logging
 import posixpath
-from collections import Counter
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from enum import Enum
 from pathlib import Path
+from typing import TypeVar
 
-from jsonschema import Draft202012Validator, SchemaError
+import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
-from referencing import Registry
-from referencing.exceptions import Unresolvable
 
-from job.errors import ConfigError, UnavailableError
-from job.manifest import Artifact, Manifest, SplitMetrics
-from job.storage import Store, Stored, checksums, open_store
+from job.errors import ConfigError, JobError, UnavailableError
+from job.manifest import MANIFEST, PENDING, Artifact, Manifest, Record, Result
+from job.storage import Store, checksums
+from job.verification import THREADS, differences, problems_of
 
-MANIFEST = "manifest.json"
-SCHEMA = "manifest.schema.json"
-# The storage client's pool keeps 10 connections; more threads would open and drop one for each request.
-_THREADS = 8
+logger = logging.getLogger(__name__)
+
+_COMMIT = "commit.json"
+_FINISHED = "finished"
 _SHOWN = 10
-_ROUNDING = 1e-6  # figures may have been computed in float32
+_ATTEMPTS = 3
+_T = TypeVar("_T")
+_U = TypeVar("_U")
 
 
 class Outcome(Enum):
@@ -37,6 +47,36 @@ class Outcome(Enum):
 
     PUBLISHED = "published"
     ALREADY_PUBLISHED = "already published"
+
+
+class Finished(Record):
+    """A finished result whose files are stored, but not published.
+
+    correct: whether each test example was classified rightly, a digit each. place: the folder of its files below
+    ``checkpoints/``; artifacts: they, under their final paths.
+    """
+
+    fingerprint: str
+    result: Result
+    correct: str
+    place: str
+    artifacts: tuple[Artifact, ...]
+
+    @property
+    def hits(self) -> npt.NDArray[np.bool_]:
+        """Return ``correct`` as bool [n]."""
+        return np.asarray(np.frombuffer(self.correct.encode(), np.uint8) == ord("1"))
+
+
+class _Commit(Record):
+    """What is being published. stored: the name of each artifact below ``checkpoints/``, by its path.
+
+    best: the SavedModel's folder that AIP_MODEL_DIR wants, None where it is not set.
+    """
+
+    manifest: Manifest
+    stored: dict[str, str]
+    best: str | None = None
 
 
 def upload_tree(store: Store, folder: Path, prefix: str = "") -> list[Artifact]:
@@ -66,8 +106,7 @@ def upload_tree(store: Store, folder: Path, prefix: str = "") -> list[Artifact]:
             raise UnavailableError(f"{path} changed while it was uploaded to {store.uri}/{name}; try again")
         return Artifact(path=name, bytes=size, sha256=sha256, crc32c=crc32c)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        return sorted(pool.map(upload, files), key=lambda artifact: artifact.path)
+    return sorted(_at_once(upload, files), key=lambda artifact: artifact.path)
 
 
 def read_manifest(store: Store) -> Manifest | None:
@@ -96,159 +135,188 @@ def existing(store: Store, fingerprint: str) -> bool:
         return False
     if manifest.fingerprint != fingerprint:
         raise _taken(store, f"another experiment is published at {store.uri} (fingerprint {manifest.fingerprint[:12]})")
-    if problems := _problems(store):
+    if problems := problems_of(store):
         shown = problems[:_SHOWN] + [f"and {len(problems) - _SHOWN} more"] * (len(problems) > _SHOWN)
         raise _taken(store, f"this run was published at {store.uri} and is damaged: {'; '.join(shown)}")
     return True
+
+
+def _at_once(function: Callable[[_T], _U], items: Iterable[_T]) -> list[_U]:
+    """Return what ``function`` gives for each item, several at a time; after an error no further one is begun."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _taken(store: Store, reason: str) -> ConfigError:
     return ConfigError.of("TRANSFER_RUN_ID", f"{reason}; give another id, or delete {store.uri}")
 
 
-def commit(store: Store, manifest: Manifest) -> Outcome:
-    """Write the manifest, last and only once: from then on the run is published.
+class Pending:
+    """The finished results of a run that is not published yet."""
 
-    Before that, the store is asked whether it holds what the manifest says: another run with this id may have
-    written over it.
+    def __init__(self, store: Store, fingerprint: str) -> None:
+        """Take the run's store and the fingerprint: results of another experiment under this id are not ours."""
+        self._store = store.child(PENDING)
+        self._fingerprint = fingerprint
 
-    Raises:
-        ConfigError: another experiment was published under this id, or the same one and it is damaged.
-        UnavailableError: another run with this id is publishing at the same time.
-    """
-    if overwritten := list(_differences(manifest.artifacts, store)):
-        if existing(store, manifest.fingerprint):
-            return Outcome.ALREADY_PUBLISHED
-        raise UnavailableError(f"{store.uri} changed while it was published: {overwritten[0]}; try again later")
-    if store.create(MANIFEST, manifest.to_json()):
-        return Outcome.PUBLISHED
-    if existing(store, manifest.fingerprint):
-        return Outcome.ALREADY_PUBLISHED
-    raise UnavailableError(f"{store.uri}/{MANIFEST} was there and has gone; try again later")
-
-
-def verify(uri: str) -> list[str]:
-    """Return what is wrong with the run published at ``uri``, a sentence each; nothing when it is sound.
-
-    Every artifact is read from end to end. Nothing is written.
-
-    Raises:
-        ConfigError, UnavailableError: as the store raises them.
-    """
-    return _problems(open_store(uri, "URI"))
-
-
-def _problems(store: Store) -> list[str]:
-    data = store.read(MANIFEST)
-    if data is None:
-        return [f"{store.uri} has no {MANIFEST}: the run is not complete"]
-    try:
-        document = json.loads(data)
-    except ValueError as error:
-        return [f"{MANIFEST} is not JSON: {error}"]
-    problems = list(_schema_problems(document, store.read(SCHEMA)))
-    try:
-        manifest = Manifest.model_validate_json(data)
-    except ValidationError as error:
-        found = (f"{MANIFEST}: {'/'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        return problems + list(found)
-    listing = store.list()
-    return [
-        *problems,
-        *_listing_problems(manifest, listing),
-        *_damage(manifest.artifacts, listing, store),
-        *_contradictions(manifest),
-    ]
-
-
-def _schema_problems(document: object, schema: bytes | None) -> Iterator[str]:
-    if schema is None:
-        yield f"{SCHEMA} is missing"
-        return
-    try:
-        rules = json.loads(schema)
-        Draft202012Validator.check_schema(rules)
-        # An empty registry: a published schema is never a reason to fetch another from the network.
-        errors = list(Draft202012Validator(rules, registry=Registry()).iter_errors(document))
-    except (ValueError, SchemaError, Unresolvable) as error:
-        yield f"{SCHEMA} is no JSON schema ({type(error).__name__})"
-        return
-    for each in errors:
-        yield f"{MANIFEST} does not satisfy {SCHEMA}: {each.json_path}: {each.message[:200]}"
-
-
-def _listing_problems(manifest: Manifest, listing: dict[str, Stored]) -> Iterator[str]:
-    times = Counter(artifact.path for artifact in manifest.artifacts)
-    yield from (f"{path} is listed {count} times" for path, count in times.items() if count > 1)
-    yield from (f"{path} is missing" for path in sorted(times.keys() - listing.keys()))
-    yield from (f"{path} is not in the manifest" for path in sorted(listing.keys() - times.keys() - {MANIFEST}))
-    for result in manifest.results:
-        if not any(path.startswith(f"{result.saved_model}/") for path in listing):
-            yield f"{result.saved_model}, the SavedModel of {result.arm}, is missing"
-
-
-def _damage(artifacts: Iterable[Artifact], listing: dict[str, Stored], store: Store) -> Iterator[str]:
-    """Read every artifact that is there from end to end."""
-    present = sorted((artifact for artifact in artifacts if artifact.path in listing), key=lambda each: -each.bytes)
-
-    def check(artifact: Artifact) -> str | None:
+    def find(self, name: str) -> Finished | None:
+        """Return the finished result ``name`` if all its files are there and whole."""
+        record = self._record(name)
+        data = self._store.read(record)
+        if data is None:
+            return None
         try:
-            size, sha256, crc32c = store.checksums(artifact.path)
+            found = Finished.model_validate_json(data)
+            if found.fingerprint != self._fingerprint:
+                raise ValueError(found.fingerprint)
+        except ValueError:  # of JSON and of pydantic too
+            logger.warning("%s/%s is damaged or of another run: %s is trained again", self._store.uri, record, name)
+            return None
+        if damage := list(differences(found.artifacts, self._store.child(found.place))):
+            logger.warning("%s is trained again: its %s", name, "; ".join(damage[:_SHOWN]))
+            return None
+        return found
+
+    def add(self, name: str, folder: Path, result: Result, hits: npt.NDArray[np.bool_]) -> Finished:
+        """Store a finished result: every file below ``folder``, whose layout is the published run's."""
+        place = f"{_FINISHED}/{uuid.uuid4().hex}"
+        artifacts = upload_tree(self._store.child(place), folder)
+        correct = "".join("1" if hit else "0" for hit in hits)
+        finished = Finished(
+            fingerprint=self._fingerprint, result=result, correct=correct, place=place, artifacts=tuple(artifacts)
+        )
+        self._store.put_bytes(self._record(name), finished.model_dump_json().encode())
+        return finished
+
+    def add_files(self, folder: Path) -> tuple[str, list[Artifact]]:
+        """Store other files of the run, and return their folder below ``checkpoints/`` and what they are."""
+        place = f"{_FINISHED}/{uuid.uuid4().hex}"
+        return place, upload_tree(self._store.child(place), folder)
+
+    def _record(self, name: str) -> str:
+        return f"{_FINISHED}/{self._fingerprint[:12]}-{name}.json"
+
+
+def commit(
+    store: Store, manifest: Manifest, places: Iterable[tuple[str, Iterable[Artifact]]], model_store: Store | None = None
+) -> Outcome:
+    """Publish the run: decide for this manifest or the one that another process decided for, and carry that out.
+
+    Args:
+        store: the run's.
+        manifest: with all artifacts.
+        places: folders below ``checkpoints/``, and the artifacts that are stored in each.
+        model_store: where the SavedModel with the best validation accuracy shall lie too.
+
+    Raises:
+        ConfigError: another experiment has this id or is getting it, or what is published is damaged.
+        UnavailableError: the files to publish have gone, while nothing is published.
+    """
+    stored = {artifact.path: f"{place}/{artifact.path}" for place, artifacts in places for artifact in artifacts}
+    best = max(manifest.results, key=lambda result: result.metrics.validation.accuracy).saved_model
+    mine = _Commit(manifest=manifest, stored=stored, best=best if model_store else None)
+    pending = store.child(PENDING)
+    for _ in range(_ATTEMPTS):
+        is_mine = pending.create(_COMMIT, mine.model_dump_json().encode())
+        decided = mine if is_mine else _decided(store, manifest.fingerprint)
+        # looked for only now: whoever published before has removed its commit, after its manifest was there
+        if existing(store, manifest.fingerprint):
+            tidy(store)
+            return Outcome.ALREADY_PUBLISHED
+        if decided is None:
+            continue
+        try:
+            _carry_out(store, decided, model_store)
         except FileNotFoundError:
-            return f"{artifact.path} is missing"
-        if size != artifact.bytes:
-            return f"{artifact.path} has {size} bytes instead of {artifact.bytes}"
-        if sha256 != artifact.sha256:
-            return f"{artifact.path} has another content (sha256 {sha256} instead of {artifact.sha256})"
-        return None if crc32c == artifact.crc32c else f"{artifact.path} has crc32c {crc32c}, not {artifact.crc32c}"
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        yield from sorted(problem for problem in pool.map(check, present) if problem)
+            if not existing(store, manifest.fingerprint):
+                logger.warning("%s/%s names files that are gone: it is replaced", pending.uri, _COMMIT)
+                pending.delete(_COMMIT)
+            continue
+        tidy(store)
+        return Outcome.PUBLISHED if is_mine else Outcome.ALREADY_PUBLISHED
+    raise UnavailableError(f"{store.uri} changes while it is published; try again later")
 
 
-def _differences(artifacts: Iterable[Artifact], store: Store) -> Iterator[str]:
-    """Compare artifacts with the store by what it can say: its CRC32C, or where it has none, the content."""
-    listing = store.list()
-    artifacts = list(artifacts)
-    for artifact in artifacts:
-        stored = listing.get(artifact.path)
-        if stored is None:
-            yield f"{artifact.path} is missing"
-        elif stored.crc32c not in (artifact.crc32c, None):
-            yield f"{artifact.path} has another content"
-    yield from _damage(
-        (each for each in artifacts if each.path in listing and not listing[each.path].crc32c), listing, store
-    )
+def finish(store: Store, fingerprint: str, model_store: Store | None = None) -> bool:
+    """Complete the commit of a process that was killed in it; return whether the run is published by that.
+
+    Raises:
+        ConfigError: another experiment is being published under this id.
+    """
+    decided = _decided(store, fingerprint)
+    if decided is None:
+        return False
+    try:
+        _carry_out(store, decided, model_store)
+    except FileNotFoundError:
+        return False
+    tidy(store)
+    return True
 
 
-def _contradictions(manifest: Manifest) -> Iterator[str]:
-    splits = manifest.dataset.splits
-    for result in manifest.results:
-        metrics = result.metrics
-        for split, measured, examples in (
-            ("train", metrics.train, result.train_examples),
-            ("validation", metrics.validation, splits.validation.examples),
-            ("test", metrics.test, splits.test.examples),
-        ):
-            where = f"{result.arm}, fraction {result.train_fraction:g}, seed {result.seed}, {split}"
-            if measured.examples != examples:
-                yield f"{where}: {measured.examples} examples were measured of {examples}"
-            yield from (f"{where}: {problem}" for problem in _metric_contradictions(measured, manifest.dataset.classes))
+def _decided(store: Store, fingerprint: str) -> _Commit | None:
+    """Return what is being published, None where nothing is."""
+    pending = store.child(PENDING)
+    data = pending.read(_COMMIT)
+    if data is None:
+        return None
+    try:
+        decided = _Commit.model_validate_json(data)
+    except ValidationError:
+        logger.warning("%s/%s is damaged: it is removed", pending.uri, _COMMIT)
+        pending.delete(_COMMIT)
+        return None
+    if decided.manifest.fingerprint != fingerprint:
+        raise _taken(
+            store,
+            f"another experiment (fingerprint {decided.manifest.fingerprint[:12]}) is being published at {store.uri}",
+        )
+    return decided
 
 
-def _metric_contradictions(metrics: SplitMetrics, classes: tuple[str, ...]) -> Iterator[str]:
-    confusion, count = metrics.confusion, len(classes)
-    if len(confusion) != count or any(len(row) != count for row in confusion):
-        yield f"the confusion matrix is not {count} by {count}"
-        return
-    if sum(map(sum, confusion)) != metrics.examples:
-        yield f"the confusion matrix counts {sum(map(sum, confusion))} examples instead of {metrics.examples}"
-    correct = sum(confusion[index][index] for index in range(count))
-    if not math.isclose(metrics.accuracy * metrics.examples, correct, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
-        yield f"accuracy {metrics.accuracy:g} is not {correct} of {metrics.examples}"
-    low, high = metrics.accuracy_interval
-    if not low - _ROUNDING <= metrics.accuracy <= high + _ROUNDING:
-        yield f"accuracy {metrics.accuracy:g} is outside its interval [{low:g}, {high:g}]"
-    supports = [(each.name, each.support) for each in metrics.per_class]
-    if supports != [(name, sum(row)) for name, row in zip(classes, confusion, strict=True)]:
-        yield "the support per class does not add up to the confusion matrix"
+def _carry_out(store: Store, decided: _Commit, model_store: Store | None) -> None:
+    """Copy every file to its final place, then create the manifest. FileNotFoundError where one has gone."""
+    pending = store.child(PENDING)
+    manifest = decided.manifest
+
+    def copy(where: tuple[Store, str, Artifact]) -> None:
+        target, path, artifact = where
+        copied = target.copy(path, pending, decided.stored[artifact.path])
+        if (copied.bytes, copied.crc32c) != (artifact.bytes, artifact.crc32c):
+            raise FileNotFoundError(f"{pending.uri}/{decided.stored[artifact.path]} has another content")
+
+    copies = [(store, artifact.path, artifact) for artifact in manifest.artifacts]
+    if model_store is not None and decided.best is not None:
+        start = f"{decided.best}/"
+        best = [artifact for artifact in manifest.artifacts if artifact.path.startswith(start)]
+        copies += [(model_store, artifact.path.removeprefix(start), artifact) for artifact in best]
+    _at_once(copy, copies)
+    _remove_extra(store, manifest)
+    if wrong := list(differences(manifest.artifacts, store)):
+        raise UnavailableError(f"{store.uri} changed while it was published: {wrong[0]}; try again later")
+    if not store.create(MANIFEST, manifest.to_json()) and not existing(store, manifest.fingerprint):
+        raise UnavailableError(f"{store.uri}/{MANIFEST} was there and has gone; try again later")
+
+
+def _remove_extra(store: Store, manifest: Manifest) -> None:
+    """Remove what a commit that was replaced, or an earlier version, left among the artifacts."""
+    listed = {artifact.path for artifact in manifest.artifacts}
+    folders = {path.partition("/")[0] for path in listed if "/" in path}
+    for name in store.list():
+        if name.partition("/")[0] in folders and name not in listed:
+            logger.warning("%s/%s is of no result of this run: it is removed", store.uri, name)
+            store.delete(name)
+
+
+def tidy(store: Store) -> None:
+    """Remove what is left of unfinished work in a published run's store."""
+    try:
+        store.child(PENDING).delete_all()
+        store.tidy()
+    except JobError as error:
+        logger.warning("published, but unfinished work is left over: %s", error)

@@ -7,10 +7,9 @@ import json
 import logging
 import platform
 import shutil
-import tempfile
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,15 +17,20 @@ import keras
 import tensorflow as tf
 
 import job
-from job import data, manifest, planning, publishing
+from job import data, estimate, manifest, planning, publishing
+from job.checkpoints import Checkpoints
 from job.console import Console
-from job.errors import ConfigError
-from job.experiment import Experiment, Outcome
+from job.errors import JobError
+from job.experiment import Experiment, result_name
+from job.manifest import MANIFEST, SCHEMA
 from job.planning import Plan
+from job.publishing import Finished
 from job.rows import Rows, duplicates_across_splits
-from job.runtime import Runtime, stop_if_asked
-from job.settings import RuntimeSettings, Settings
+from job.runtime import Runtime
+from job.settings import Settings
 from job.statistics import paired_test
+from job.stopping import stop_if_asked
+from job.workspace import workspace
 
 logger = logging.getLogger(__name__)
 
@@ -34,52 +38,54 @@ logger = logging.getLogger(__name__)
 def run(settings: Settings, machine: Runtime, console: Console) -> str:
     """Run the whole comparison and publish it; return the URI of the manifest.
 
-    A run that is already published with the same fingerprint is verified instead. Raises the errors of the steps.
+    A run that is already published with the same fingerprint is verified instead; one that was killed goes on from
+    where it was saved. Raises the errors of the steps.
     """
-    with workspace(settings.runtime) as folder:
+    with workspace(settings.runtime.cache_dir) as folder:
         plan = planning.make(settings, machine, folder)
-        uri = f"{plan.store.uri}/manifest.json"
+        uri = f"{plan.store.uri}/{MANIFEST}"
         logger.info("run %s", plan.run_id, extra={"run_id": plan.run_id, "fingerprint": plan.fingerprint})
+        if publishing.finish(plan.store, plan.fingerprint, plan.model_store):
+            logger.info("an interrupted commit was completed")
         if publishing.existing(plan.store, plan.fingerprint):
+            _tidy(plan)
             logger.info("already published and verified: %s", uri)
             return uri
-        _warn_of_what_is_not_honoured(settings)
+        if settings.platform.tensorboard_log_dir:
+            logger.warning("AIP_TENSORBOARD_LOG_DIR is set, but this version writes no TensorBoard logs")
         pixels, data_seconds = _decode(plan, folder, console)
-        outcomes, artifacts = _results(plan, pixels, data_seconds, folder, console)
-        record = _manifest(plan, pixels, outcomes, artifacts)
+        saving = Checkpoints(plan.checkpoints, plan.fingerprint, settings.output.checkpoint_seconds, folder)
+        with saving.open():
+            finished = _results(plan, Experiment(plan, pixels, data_seconds, folder, console, saving), saving)
+        record, places = _manifest(plan, pixels, finished, folder)
         stop_if_asked()
-        if publishing.commit(plan.store, record) is publishing.Outcome.ALREADY_PUBLISHED:
+        logger.info("committing")
+        if publishing.commit(plan.store, record, places, plan.model_store) is publishing.Outcome.ALREADY_PUBLISHED:
             logger.info("another run published the same meanwhile: %s", uri)
+            record = publishing.read_manifest(plan.store) or record
+        _tidy(plan)
         _summary(record, console)
         logger.info("published %s", uri, extra={"manifest": uri})
         return uri
 
 
-@contextmanager
-def workspace(settings: RuntimeSettings) -> Iterator[Path]:
-    """Yield a fresh folder on local disk, below TRANSFER_CACHE_DIR if given; it is removed at the end."""
-    try:
-        if settings.cache_dir is not None:
-            Path(settings.cache_dir).mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="transfer-", dir=settings.cache_dir))
-    except OSError as error:
-        raise ConfigError.of(
-            "TRANSFER_CACHE_DIR",
-            f"no folder can be made in {settings.cache_dir or tempfile.gettempdir()}: {error.strerror}. "
-            "Give a folder on a local disk that can be written",
-        ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def plan(settings: Settings, machine: Runtime, console: Console) -> None:
+    """Make every check that :func:`run` makes before training, and print what was found and what it would cost."""
+    with workspace(settings.runtime.cache_dir) as folder:
+        found = estimate.report(planning.make(settings, machine, folder), folder)
+    if console.rich is None:
+        sys.stdout.write(json.dumps(found) + "\n")
+    else:
+        console.table("plan", ("what", "found"), estimate.rows(found))
 
 
-def _warn_of_what_is_not_honoured(settings: Settings) -> None:
-    platform_settings = settings.platform
-    if platform_settings.checkpoint_dir:
-        logger.warning("AIP_CHECKPOINT_DIR is set, but this version keeps no checkpoints: a killed run starts again")
-    if platform_settings.tensorboard_log_dir:
-        logger.warning("AIP_TENSORBOARD_LOG_DIR is set, but this version writes no TensorBoard logs")
+def _tidy(plan: Plan) -> None:
+    """Remove the unfinished work of a run that is published."""
+    publishing.tidy(plan.store)
+    try:
+        plan.checkpoints.delete_all()
+    except JobError as error:
+        logger.warning("published, but checkpoints are left over: %s", error)
 
 
 def _decode(plan: Plan, folder: Path, console: Console) -> tuple[dict[str, Rows], float]:
@@ -97,41 +103,31 @@ def _decode(plan: Plan, folder: Path, console: Console) -> tuple[dict[str, Rows]
     return pixels, time.perf_counter() - start
 
 
-def _results(
-    plan: Plan, pixels: dict[str, Rows], data_seconds: float, folder: Path, console: Console
-) -> tuple[list[Outcome], list[manifest.Artifact]]:
+def _results(plan: Plan, experiment: Experiment, saving: Checkpoints) -> list[Finished]:
     training = plan.settings.training
-    fractions = plan.settings.data.train_fractions
-    experiment = Experiment(plan, pixels, data_seconds, folder, console)
-    outcomes: list[Outcome] = []
-    artifacts: list[manifest.Artifact] = []
-    best = -1.0
+    pending = publishing.Pending(plan.store, plan.fingerprint)
+    found: list[Finished] = []
     # an arm's results follow each other: what was compiled for the first serves the others
-    for arm, fraction, seed in itertools.product(training.arms, fractions, training.seeds):
+    for arm, fraction, seed in itertools.product(training.arms, plan.settings.data.train_fractions, training.seeds):
         stop_if_asked()
-        outcome = experiment.result(arm, fraction, seed)
-        artifacts += publishing.upload_tree(plan.store, outcome.folder)
-        validated = outcome.record.metrics.validation.accuracy
-        if plan.model_store is not None and validated > best:
-            best_model = folder / "best"
-            shutil.rmtree(best_model, ignore_errors=True)
-            shutil.move(outcome.folder / outcome.record.saved_model, best_model)
-            best = validated
-        shutil.rmtree(outcome.folder)
-        outcomes.append(outcome)
-    if plan.model_store is not None:
-        publishing.upload_tree(plan.model_store, folder / "best")
-    schema = folder / "schema" / "manifest.schema.json"
-    schema.parent.mkdir()
-    schema.write_text(json.dumps(manifest.json_schema(), indent=2) + "\n", encoding="utf-8")
-    artifacts += publishing.upload_tree(plan.store, schema.parent)
-    outcomes.sort(key=lambda outcome: (outcome.record.train_fraction, training.seeds.index(outcome.record.seed)))
-    return outcomes, sorted(artifacts, key=lambda artifact: artifact.path)
+        name = result_name(arm, fraction, seed)
+        finished = pending.find(name)
+        if finished is None:
+            outcome = experiment.result(arm, fraction, seed)
+            logger.info("%s: storing", arm, extra={"arm": arm, "seed": seed})
+            finished = pending.add(name, outcome.folder, outcome.record, outcome.test.correct)
+            shutil.rmtree(outcome.folder)
+        else:
+            logger.info("%s: fraction %g, seed %d: finished before", arm, fraction, seed, extra={"arm": arm})
+        saving.forget(name)
+        found.append(finished)
+    return sorted(found, key=lambda each: (each.result.train_fraction, training.seeds.index(each.result.seed)))
 
 
 def _manifest(
-    plan: Plan, pixels: dict[str, Rows], outcomes: Sequence[Outcome], artifacts: Sequence[manifest.Artifact]
-) -> manifest.Manifest:
+    plan: Plan, pixels: dict[str, Rows], finished: Sequence[Finished], folder: Path
+) -> tuple[manifest.Manifest, list[tuple[str, tuple[manifest.Artifact, ...]]]]:
+    """Return the manifest, and where its artifacts are stored."""
     source, machine = plan.source, plan.runtime
     splits = {
         name: manifest.Split(expression=split.expression, examples=len(pixels[name]))
@@ -141,7 +137,12 @@ def _manifest(
     duplicates = duplicates_across_splits(pixels)
     if duplicates:
         logger.warning("%d images lie in more than one split: test accuracies may be too high", duplicates)
-    return manifest.Manifest(
+    schema = folder / "schema" / SCHEMA
+    schema.parent.mkdir()
+    schema.write_text(json.dumps(manifest.json_schema(), indent=2) + "\n", encoding="utf-8")
+    place, artifacts = publishing.Pending(plan.store, plan.fingerprint).add_files(schema.parent)
+    places = [(each.place, each.artifacts) for each in finished] + [(place, tuple(artifacts))]
+    record = manifest.Manifest(
         schema_version=manifest.SCHEMA_VERSION,
         run_id=plan.run_id,
         created=datetime.now(UTC),
@@ -174,31 +175,33 @@ def _manifest(
             parameters=plan.backbone.count_params(),
             weights=manifest.Weights(source=plan.weights.source, sha256=plan.weights.sha256) if plan.weights else None,
         ),
-        results=tuple(outcome.record for outcome in outcomes),
-        comparisons=_comparisons(outcomes),
-        artifacts=tuple(artifacts),
+        results=tuple(each.result for each in finished),
+        comparisons=_comparisons(finished),
+        artifacts=tuple(sorted((each for _, some in places for each in some), key=lambda artifact: artifact.path)),
     )
+    return record, places
 
 
-def _comparisons(outcomes: Sequence[Outcome]) -> tuple[manifest.Comparison, ...]:
+def _comparisons(finished: Sequence[Finished]) -> tuple[manifest.Comparison, ...]:
     """Compare every two arms of the same fraction and seed on the same test examples."""
     found = []
-    labels = _labels([outcome.record for outcome in outcomes])
-    for one, other in itertools.combinations(outcomes, 2):
-        if (one.record.train_fraction, one.record.seed) != (other.record.train_fraction, other.record.seed):
+    labels = _labels([each.result for each in finished])
+    for pair in itertools.combinations(finished, 2):
+        one, other = (each.result for each in pair)
+        if (one.train_fraction, one.seed) != (other.train_fraction, other.seed):
             continue
-        better, worse = sorted((one, other), key=lambda outcome: -outcome.record.metrics.test.accuracy)
-        test = paired_test(better.test.correct, worse.test.correct)
+        better, worse = sorted(pair, key=lambda each: -each.result.metrics.test.accuracy)
+        test = paired_test(better.hits, worse.hits)
         found.append(
             manifest.Comparison(
-                train_fraction=one.record.train_fraction,
-                better=better.record.arm,
-                worse=worse.record.arm,
+                train_fraction=one.train_fraction,
+                better=better.result.arm,
+                worse=worse.result.arm,
                 difference=test.difference,
                 interval=test.interval,
                 p_value=test.p_value,
-                method=f"{test.method}; seed {one.record.seed}",
-                verdict=test.verdict(labels(better.record), labels(worse.record)),
+                method=f"{test.method}; seed {one.seed}",
+                verdict=test.verdict(labels(better.result), labels(worse.result)),
             )
         )
     return tuple(found)

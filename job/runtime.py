@@ -5,27 +5,28 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import signal
 import statistics
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import FrameType
+from pathlib import Path
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from job.errors import Stopped
+from job.errors import ConfigError
 from job.settings import RuntimeSettings
 
 logger = logging.getLogger(__name__)
 
 # The probe's repeats differ by some percent, and half precision costs digits: it must be clearly faster.
 _WORTHWHILE_GAIN = 1.2
+# The device files of NVIDIA GPUs, which are there whether or not TensorFlow can use them.
+_NVIDIA_DEVICES = Path("/dev"), "nvidia[0-9]*"
+# The largest error accepted of sums whose deviation is 1: a GPU multiplies with TF32's 10 bits and errs by 0.003.
+_PROOF_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Runtime:
 
     devices: a readable name each. precision: float32, mixed_float16 or mixed_bfloat16. xla: whether steps are
     compiled by XLA. deterministic: whether every op repeats bit for bit. gpu: whether it trains on one. cores: of the
-    CPU, that this process may use.
+    CPU, that this process may use. proof: what the device was seen to compute, as a sentence.
     """
 
     devices: tuple[str, ...]
@@ -43,6 +44,7 @@ class Runtime:
     deterministic: bool
     gpu: bool = False
     cores: int = 1
+    proof: str = ""
 
 
 def start(settings: RuntimeSettings) -> Runtime:
@@ -51,6 +53,9 @@ def start(settings: RuntimeSettings) -> Runtime:
     On a CPU, auto means float32 without XLA: XLA was 11 times slower there for MobileNetV2's forward pass and 6 times
     for training, and bfloat16 gained nothing. On a GPU it means XLA where it compiles, and half precision where a
     short probe is faster in it: depthwise convolutions can be slower.
+
+    Raises:
+        ConfigError: the device does not compute what NumPy does, or XLA is asked for and cannot compile for it.
     """
     gpus = tf.config.list_physical_devices("GPU")
     for gpu in gpus:
@@ -58,8 +63,25 @@ def start(settings: RuntimeSettings) -> Runtime:
     if len(gpus) > 1:
         logger.warning("%d GPUs are attached; this version trains on the first", len(gpus))
         tf.config.set_visible_devices(gpus[:1], "GPU")
+    elif not gpus and any(_NVIDIA_DEVICES[0].glob(_NVIDIA_DEVICES[1])):
+        logger.warning(
+            "an NVIDIA GPU is attached, but TensorFlow can use none, so the CPU trains. If that is not meant, install "
+            "the job with its extra [gpu], and a driver that is recent enough for its CUDA"
+        )
     device = "GPU:0" if gpus else "CPU:0"
-    xla = settings.xla == "on" or (settings.xla == "auto" and bool(gpus) and xla_compiles(device))
+    proof = prove(device)
+    xla = settings.xla == "on" or (settings.xla == "auto" and bool(gpus))
+    if xla and (fault := xla_fault(device)) is not None:
+        if settings.xla == "on":
+            raise ConfigError.of(
+                "TRANSFER_XLA",
+                f"received 'on', but XLA cannot compile for {device}: {fault}. Use auto or off, or add what is missing "
+                "(for a GPU, ptxas and libdevice: the job's extra [gpu] brings them)",
+            )
+        logger.warning("XLA cannot compile for %s, so steps run without it: %s", device, fault)
+        xla = False
+    if xla:
+        proof += ", compiled by XLA too"
     precision = settings.precision
     if precision == "auto":
         precision = "mixed_float16" if gpus and half_precision_gain(device) >= _WORTHWHILE_GAIN else "float32"
@@ -67,7 +89,7 @@ def start(settings: RuntimeSettings) -> Runtime:
     if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
     cores = len(os.sched_getaffinity(0))
-    return Runtime(_device_names(gpus[:1]), precision, xla, settings.deterministic, bool(gpus), cores)
+    return Runtime(_device_names(gpus[:1]), precision, xla, settings.deterministic, bool(gpus), cores, proof)
 
 
 def _device_names(gpus: list[tf.config.PhysicalDevice]) -> tuple[str, ...]:
@@ -77,16 +99,75 @@ def _device_names(gpus: list[tf.config.PhysicalDevice]) -> tuple[str, ...]:
     return tuple(f"GPU ({detail.get('device_name', 'unknown')})" for detail in details)
 
 
-def xla_compiles(device: str) -> bool:
-    """Return whether XLA can compile for ``device``, by compiling a convolution: ptxas or libdevice may be missing."""
+def prove(device: str) -> str:
+    """Return what ``device`` computes as NumPy does, and how fast: a matrix product and a convolution.
+
+    A GPU can be listed that computes nothing: its driver too old, cuDNN missing, its memory taken by another process.
+
+    Raises:
+        ConfigError: it fails, or gives other values.
+    """
+    begin = time.perf_counter()
+    random = np.random.default_rng(0)
+    left, right = (random.standard_normal((64, 64), np.float32) for _ in range(2))
+    image = random.standard_normal((1, 16, 16, 8), np.float32)
+    kernel = random.standard_normal((3, 3, 8, 8), np.float32)
+    patches = np.lib.stride_tricks.sliding_window_view(image, (3, 3), axis=(1, 2))
+    expected = {
+        "matrix product": left @ right / 8.0,
+        "convolution": np.einsum("bijcyx,yxco->bijo", patches, kernel) / np.sqrt(72.0),
+    }
     try:
         with tf.device(device):
-            convolve = tf.function(lambda x: tf.nn.conv2d(x, x[0, :3, :3, :, None], 1, "SAME"), jit_compile=True)
-            convolve(tf.ones([1, 8, 8, 4])).numpy()
+            found = {
+                "matrix product": tf.linalg.matmul(left, right) / 8.0,
+                "convolution": tf.nn.conv2d(image, kernel, 1, "VALID") / np.sqrt(72.0),
+            }
+            off = {name: float(np.abs(values.numpy() - expected[name]).max()) for name, values in found.items()}
     except tf.errors.OpError as error:
-        logger.warning("XLA cannot compile on %s, so steps run without it: %s", device, str(error).splitlines()[0])
-        return False
-    return True
+        raise _useless(device, f"it fails: {_first_line(error)}") from error
+    for name, values in found.items():
+        if not values.device.endswith(device):  # TensorFlow takes another one without a word
+            raise _useless(device, f"the {name} was computed on {values.device}")
+        if not off[name] <= _PROOF_TOLERANCE:
+            raise _useless(device, f"its {name} is {off[name]:.2g} away from NumPy's, more than {_PROOF_TOLERANCE}")
+    return f"{' and '.join(expected)} computed in {1000 * (time.perf_counter() - begin):.0f} ms"
+
+
+def _useless(device: str, why: str) -> ConfigError:
+    if device.startswith("CPU"):
+        return ConfigError.of(
+            "TF_ENABLE_ONEDNN_OPTS", f"the CPU cannot compute: {why}; try 0, and if that does not help another machine"
+        )
+    advice = "update its driver, install the job with its extra [gpu], end what else uses it"
+    return ConfigError.of("CUDA_VISIBLE_DEVICES", f"{device} cannot compute: {why}; {advice}, or give -1: the CPU")
+
+
+def xla_fault(device: str) -> str | None:
+    """Return why XLA cannot compile for ``device``; None where it can.
+
+    It is tried with a convolution, and its values are held against those computed without: ptxas or libdevice may be
+    missing.
+    """
+    image = tf.random.stateless_normal([1, 8, 8, 4], [0, 1])
+
+    def convolve() -> tf.Tensor:
+        return tf.nn.conv2d(image, image[0, :3, :3, :, None], 1, "SAME")
+
+    try:
+        with tf.device(device):
+            compiled = tf.function(convolve, jit_compile=True)()
+            off = float(tf.reduce_max(tf.abs(compiled - convolve())))
+    except tf.errors.OpError as error:
+        return _first_line(error)
+    if not compiled.device.endswith(device):
+        return f"a convolution for it was computed on {compiled.device}"
+    # sums of 36 products, whose deviation is 6
+    return None if off <= 6 * _PROOF_TOLERANCE else f"its convolution is {off:.2g} away from the uncompiled one"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def half_precision_gain(device: str) -> float:
@@ -129,33 +210,3 @@ def derived_seed(seed: int, purpose: str, *counters: int) -> int:
     """
     entropy = (seed, zlib.crc32(purpose.encode()), *counters)
     return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
-
-
-_asked_to_stop = threading.Event()
-
-
-@contextmanager
-def heed_sigterm() -> Iterator[None]:
-    """Turn the first SIGTERM inside the block into Stopped; a second one ends the process at once."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _asked_to_stop.set()
-        stop_if_asked()
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-        _asked_to_stop.clear()
-
-
-def stop_if_asked() -> None:
-    """Raise Stopped where SIGTERM was received before.
-
-    The handler raises it too, wherever Python happens to be; but that can be a place that drops exceptions: a bare
-    ``except:`` in Keras's layer calls, a destructor or a callback from native code. So every loop asks again.
-    """
-    if _asked_to_stop.is_set():
-        raise Stopped("SIGTERM was received: nothing has been published")

@@ -165,11 +165,9 @@ class OutputSettings(Group):
     """What is published where, and what is kept on the way."""
 
     checkpoint_uri: Annotated[Location | None, ShownDefault("AIP_CHECKPOINT_DIR, else under the run")] = Field(
-        None, description="where unfinished work is kept (this version: leave unset)"
+        None, description="where unfinished work is kept: a local path or gs:// URI"
     )
-    checkpoint_seconds: float = Field(
-        60, gt=0, description="at most this much work, in seconds, is lost to a kill (this version: leave unset)"
-    )
+    checkpoint_seconds: float = Field(60, gt=0, description="at most this much work, in seconds, is lost to a kill")
     output_uri: Location = Field("output", description="local folder or gs://bucket/prefix")
     run_id: Annotated[RunId | None, ShownDefault("from the fingerprint")] = Field(
         None, description="the same settings on the same data give the same id"
@@ -186,7 +184,7 @@ class PlatformSettings(Group):
     checkpoint_dir: Location | None = Field(
         None,
         validation_alias="AIP_CHECKPOINT_DIR",
-        description="Vertex AI: where unfinished work is kept (this version: not used)",
+        description="Vertex AI: where unfinished work is kept",
     )
     tensorboard_log_dir: Location | None = Field(
         None,

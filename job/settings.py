@@ -221,7 +221,6 @@ def _unknown(name: str, value: str) -> Problem:
     )
 
 
-_RESUME = ("TRANSFER_CHECKPOINT_URI", "TRANSFER_CHECKPOINT_SECONDS")
 _GroupT = TypeVar("_GroupT", bound=Group)
 
 
@@ -232,9 +231,7 @@ def _read(group: type[_GroupT], environ: Mapping[str, str], problems: list[Probl
         value = environ.get(declared.variable)
         if value is None or (value == "" and declared.default == ""):
             continue
-        if declared.variable in _RESUME:
-            fault = "this version does not resume an interrupted run yet; leave it unset"
-        elif value == "":
+        if value == "":
             fault = f"an empty value is not a default; unset it for {declared.default}, or give {declared.accepted}"
         elif declared.variable.startswith(PREFIX) and value != value.strip():
             fault = f"it begins or ends with white space; accepted: {declared.accepted}, without it"

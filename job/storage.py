@@ -6,6 +6,7 @@ both are secrets.
 
 from __future__ import annotations
 
+import builtins
 import errno
 import io
 import json
@@ -15,7 +16,8 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,12 +25,13 @@ from urllib.parse import urlsplit, urlunsplit
 
 import google.auth.exceptions
 from google.api_core import exceptions as api
-from google.api_core.retry import Retry, if_exception_type
+from google.api_core.retry import Retry
 from google.cloud import storage
 from google.cloud.storage.exceptions import DataCorruption
 from google.cloud.storage.retry import DEFAULT_RETRY
 from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 
+from job import credentials
 from job.errors import ConfigError, UnavailableError
 from job.store import Digest, LocalStore, Store, Stored, appearing, checksums, measure
 
@@ -39,9 +42,14 @@ logger = logging.getLogger(__name__)
 # Storage outages are mostly seconds long; beyond two minutes the scheduler's own retry, which also moves the job to
 # another machine, helps more than waiting on one that is paid for by the minute.
 RETRY_SECONDS = 120.0
-_REQUEST_SECONDS = 60.0
+# A request that hears nothing for so long has been lost; within the limit there is room for others.
+_REQUEST_SECONDS = 30.0
+# The client's pool keeps 10 connections; more threads would open and drop one for each request.
+_THREADS = 8
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
-_CREDENTIALS = "GOOGLE_APPLICATION_CREDENTIALS"
+# A chunk that is interrupted is sent again as a whole.
+_CHUNK = 16 << 20
+_GOOGLE = "https://storage.googleapis.com"
 
 
 def public_uri(uri: str) -> str:
@@ -60,18 +68,18 @@ class GcsStore(Store):
     ) -> None:
         super().__init__("/".join(part for part in ("gs:/", bucket, prefix) if part), variable)
         self._client, self._bucket, self._prefix, self._limit = client, bucket, prefix, limit
+        self._start = f"{prefix}/" if prefix else ""  # of the names of its objects
         self._parent = parent  # whose end closes the client
         # Waits grow with the limit, so that a short limit too leaves room for several attempts.
         first, longest = min(1.0, limit / 16), limit / 8
         pace: dict[str, Any] = {"initial": first, "maximum": longest, "timeout": limit, "on_error": _give_way}
         self._options: dict[str, Any] = {
-            # The library's own choice of what is worth a retry, of which it offers no copy with another on_error.
-            "retry": Retry(DEFAULT_RETRY._predicate, **pace),
-            "timeout": min(_REQUEST_SECONDS, limit),
+            "retry": Retry(_worth_a_retry, **pace),
+            "timeout": min(_REQUEST_SECONDS, limit / 2),
         }
-        # An answer cut short after the object was stored surfaces as a bare JSONDecodeError, which the library does
-        # not retry; nor does it upload again what arrived damaged.
-        self._again = Retry(if_exception_type(json.JSONDecodeError, DataCorruption), **pace)
+        # The library reads the answer to an upload when its own retries are over, and never sends or fetches again what
+        # arrived damaged.
+        self._again = Retry(_worth_a_new_start, **pace)
 
     def put(self, name: str, source: Path) -> Stored:
         return self._upload(name, checksums(source), lambda blob, how: blob.upload_from_filename(str(source), **how))
@@ -90,13 +98,22 @@ class GcsStore(Store):
     def _upload(
         self, name: str, measured: tuple[int, str, str], send: Callable[[storage.Blob, dict[str, Any]], None]
     ) -> Stored:
-        blob = self._blob(name)
         content_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
-        with self._errors("write", name):
-            self._again(send)(blob, {"content_type": content_type, "checksum": "crc32c", **self._options})
+        how = {"content_type": content_type, "checksum": "crc32c", **self._options}
         size, _, crc32c = measured
-        if blob.size != size or blob.crc32c not in (crc32c, None):
-            raise UnavailableError(f"{self.uri}/{name}: arrived damaged ({blob.size} bytes of {size}); try again")
+
+        def attempt() -> None:
+            blob = self._blob(name)
+            blob.chunk_size = _CHUNK
+            send(blob, how)
+            if blob.size != size or blob.crc32c not in (crc32c, None):
+                # Google refuses what does not have the announced checksum; others need to be asked for their own
+                with suppress(api.NotFound, api.PreconditionFailed):
+                    blob.delete(if_generation_match=blob.generation, **self._options)
+                raise DataCorruption(None, f"{blob.size} bytes with crc32c {blob.crc32c}")
+
+        with self._errors("write", name):
+            self._again(attempt)()
         return Stored(name, size, crc32c)
 
     def read(self, name: str) -> bytes | None:
@@ -111,47 +128,81 @@ class GcsStore(Store):
         return self._receive(name)
 
     def download(self, name: str, target: Path) -> None:
-        with self._errors("read", name), appearing(target, os.replace) as file:
-            self._receive(name, file)
+        with self._errors("read", name, target), appearing(target, os.replace) as file:
+            self._receive(name, file, target)
 
-    def _receive(self, name: str, file: BinaryIO | None = None) -> tuple[int, str, str]:
-        blob, digest = self._blob(name), Digest(file)
-        with self._errors("read", name):
+    def _receive(self, name: str, file: BinaryIO | None = None, target: Path | None = None) -> tuple[int, str, str]:
+        def attempt() -> tuple[int, str, str]:
+            blob, digest = self._blob(name), Digest(file)
+            if file is not None:
+                file.seek(0)
+                file.truncate()
             blob.download_to_file(digest, checksum="crc32c", **self._options)
-        measured = digest.result()
-        # The library leaves a download unchecked when it had to resume it.
-        if blob.crc32c not in (measured[2], None):
-            raise UnavailableError(f"{self.uri}/{name}: arrived damaged ({measured[0]} bytes); try again")
+            # The library leaves a download unchecked when it had to resume it.
+            if blob.crc32c not in (digest.result()[2], None):
+                raise DataCorruption(None, f"{digest.result()[0]} bytes with another crc32c than {blob.crc32c}")
+            return digest.result()
+
+        with self._errors("read", name, target):
+            measured: tuple[int, str, str] = self._again(attempt)()
         return measured
 
     def list(self) -> dict[str, Stored]:
-        start = f"{self._prefix}/" if self._prefix else ""
-        with self._errors("list", ""):
-            blobs = list(self._client.list_blobs(self._bucket, prefix=start, **self._options))
         # TensorFlow and the console mark folders by empty objects whose names end in a slash.
-        found = (
-            Stored(blob.name.removeprefix(start), blob.size, blob.crc32c) for blob in blobs if blob.name[-1] != "/"
-        )
-        return {stored.name: stored for stored in found}
+        objects = [blob for blob in self._blobs() if not blob.name.endswith("/")]
+        names = [blob.name.removeprefix(self._start) for blob in objects]
+        return {name: Stored(name, blob.size, blob.crc32c) for name, blob in zip(names, objects, strict=True)}
+
+    def _blobs(self) -> builtins.list[storage.Blob]:
+        with self._errors("list", ""):
+            return list(self._client.list_blobs(self._bucket, prefix=self._start, **self._options))
 
     def delete(self, name: str) -> None:
         with self._errors("delete", name), suppress(api.NotFound):
             self._blob(name).delete(**self._options)
+
+    def copy(self, name: str, source: Store, source_name: str) -> Stored:
+        if not isinstance(source, GcsStore):
+            return super().copy(name, source, source_name)
+        original, target = source._blob(source_name), self._blob(name)
+        with source._errors("read", source_name):
+            original.reload(**self._options)
+        target.content_type = original.content_type
+        with self._errors("write", name):
+            try:
+                token, *_ = target.rewrite(source._blob(source_name), **self._options)
+                while token:  # the server copies what is large, or lies in another region, in several requests
+                    token, *_ = target.rewrite(source._blob(source_name), token=token, **self._options)
+            except api.NotFound:
+                with source._errors("read", source_name):  # was it the source that has gone, or is it our bucket?
+                    source._blob(source_name).reload(**self._options)
+                raise
+        if (target.size, target.crc32c) != (original.size, original.crc32c):
+            raise UnavailableError(f"{source.uri}/{source_name} changed while it was copied to {self.uri}; try again")
+        return Stored(name, target.size, target.crc32c)
+
+    def delete_all(self) -> None:
+        names = [blob.name.removeprefix(self._start) for blob in self._blobs()]
+        pool = ThreadPoolExecutor(_THREADS)
+        try:
+            list(pool.map(self.delete, names))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def child(self, prefix: str) -> GcsStore:
         below = "/".join(part for part in (self._prefix, prefix.strip("/")) if part)
         return GcsStore(self._client, self._bucket, below, self.variable, self._limit, parent=self)
 
     def _blob(self, name: str) -> storage.Blob:
-        return self._client.bucket(self._bucket).blob(f"{self._prefix}/{name}" if self._prefix else name)
+        return self._client.bucket(self._bucket).blob(self._start + name)
 
     @contextmanager
-    def _errors(self, action: str, name: str) -> Iterator[None]:
+    def _errors(self, action: str, name: str, target: Path | None = None) -> Iterator[None]:
         """Turn what the client raises into the job's errors, but for the answers "taken" and "not there".
 
         The client's own texts hold request addresses, with upload sessions in them, and are left out.
         """
-        where = f"{self.uri}/{name}".rstrip("/")
+        where = f"{self.uri}/{name}".rstrip("/") + (f" into {target}" if target else "")
         try:
             yield
         except api.PreconditionFailed:
@@ -164,7 +215,7 @@ class GcsStore(Store):
         except (api.Unauthorized, api.Forbidden) as error:
             message = (
                 f"no permission to {action} {where} (HTTP {error.code}); give the job's account the role "
-                f"Storage Object User on bucket {self._bucket}, or set {_CREDENTIALS} to an account that has it"
+                f"Storage Object User on bucket {self._bucket}, or set {credentials.VARIABLE} to an account that has it"
             )
             raise ConfigError.of(self.variable, message) from None
         except api.ClientError as error:
@@ -174,9 +225,9 @@ class GcsStore(Store):
             message = "storage cannot be reached at this address; give http://host:port, or unset it"
             raise ConfigError.of("STORAGE_EMULATOR_HOST", message) from None
         except google.auth.exceptions.GoogleAuthError as error:
-            if error.retryable or isinstance(error, google.auth.exceptions.TransportError):
+            if credentials.transient(error):
                 raise self._unavailable(action, where, error) from None
-            raise _no_credentials(error) from None
+            raise credentials.refused(error) from None
         except (api.GoogleAPIError, OSError, DataCorruption, json.JSONDecodeError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
@@ -185,6 +236,20 @@ class GcsStore(Store):
     def _unavailable(self, action: str, where: str, error: Exception) -> UnavailableError:
         reason = _reason(getattr(error, "cause", None) or error)
         return UnavailableError(f"{where}: could not {action} within {self._limit:g} s ({reason}); try again later")
+
+
+def _worth_a_retry(error: Exception) -> bool:
+    """Choose as the library does, of whose choice there is no copy with another on_error, and what it leaves out.
+
+    An answer cut short surfaces as a bare JSONDecodeError, a token that could not be refreshed for now as RefreshError.
+    """
+    return DEFAULT_RETRY._predicate(error) or isinstance(error, json.JSONDecodeError) or credentials.transient(error)
+
+
+def _worth_a_new_start(error: Exception) -> bool:
+    # Google's answer to an upload that arrived with another checksum than announced is 400 and names the checksum.
+    refused = isinstance(error, api.BadRequest) and "crc32c" in str(error).lower()
+    return refused or isinstance(error, json.JSONDecodeError | DataCorruption)
 
 
 def _give_way(error: Exception) -> None:
@@ -196,14 +261,12 @@ def _give_way(error: Exception) -> None:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, DataCorruption):
+        return "it arrived damaged"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     status = getattr(getattr(error, "response", None), "status_code", 0)
     return f"HTTP {status}" if status >= HTTPStatus.BAD_REQUEST else type(error).__name__
-
-
-def _no_credentials(error: Exception) -> ConfigError:
-    reason = error.args[0] if error.args else type(error).__name__
-    advice = "set it to the path of a service account's key file, or run under an account of the cloud"
-    return ConfigError.of(_CREDENTIALS, f"no usable Google credentials ({reason}); {advice}")
 
 
 def open_store(uri: str, variable: str, limit: float = RETRY_SECONDS) -> Store:
@@ -222,14 +285,23 @@ def open_store(uri: str, variable: str, limit: float = RETRY_SECONDS) -> Store:
     if "://" not in uri:
         return LocalStore(Path(uri), variable)
     bucket, prefix = _bucket_and_key(uri, variable)
-    try:
-        # No project: it is only needed to list or make buckets.
-        client = storage.Client(project=None)
-    except google.auth.exceptions.GoogleAuthError as error:
-        raise _no_credentials(error) from error
+    client = _connect(limit)
     store = GcsStore(client, bucket, prefix, variable, limit)
     weakref.finalize(store, client.close)
     return store
+
+
+def _connect(limit: float) -> storage.Client:
+    with closing(storage.Client.create_anonymous_client()) as anonymous:
+        elsewhere = anonymous.api_endpoint != _GOOGLE
+    found = None  # an emulator needs none
+    if not elsewhere:
+        found = credentials.find(storage.Client.SCOPE, min(credentials.WAIT_SECONDS, limit))
+    try:
+        # No project: it is only needed to list or make buckets.
+        return storage.Client(project=None, credentials=found)
+    except google.auth.exceptions.GoogleAuthError as error:
+        raise credentials.refused(error) from error
 
 
 def _bucket_and_key(uri: str, variable: str) -> tuple[str, str]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import base64
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
+import tempfile
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ import google_crc32c
 from job.errors import ConfigError, UnavailableError
 
 _BLOCK = 1 << 20
+_ATTEMPTS = 5
 _TEMPORARY = ".part-"
 _PERMANENT = {
     errno.EACCES, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENOSYS,
@@ -114,6 +117,16 @@ class Store(ABC):
     def download(self, name: str, target: Path) -> None:
         """Copy an object to the local file ``target``. FileNotFoundError when it is not there."""
 
+    def copy(self, name: str, source: Store, source_name: str) -> Stored:
+        """Store a copy of an object of another store under ``name``, in place of what was there.
+
+        FileNotFoundError when there is no such object.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder, "copy")
+            source.download(source_name, whole)
+            return self.put(name, whole)
+
     @abstractmethod
     def list(self) -> dict[str, Stored]:
         """Return all objects by name, those in folders below included."""
@@ -121,6 +134,14 @@ class Store(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Delete an object; nothing happens when it is not there."""
+
+    @abstractmethod
+    def delete_all(self) -> None:
+        """Delete every object, those in folders below included; another process may be doing the same."""
+
+    def tidy(self) -> None:
+        """Remove what killed writers left half-written here and below. Object storage does that itself."""
+        return
 
     @abstractmethod
     def child(self, prefix: str) -> Store:
@@ -191,6 +212,12 @@ class LocalStore(Store):
         with self._open(name) as source, self._errors("write", target), appearing(target, os.replace) as file:
             shutil.copyfileobj(source, file, _BLOCK)
 
+    def copy(self, name: str, source: Store, source_name: str) -> Stored:  # noqa: D102
+        if not isinstance(source, LocalStore):
+            return super().copy(name, source, source_name)
+        with source._open(source_name) as data:
+            return self._write(name, lambda sink: shutil.copyfileobj(data, sink, _BLOCK))
+
     def list(self) -> dict[str, Stored]:  # noqa: D102
         found = {}
         with self._errors("list", self._folder):
@@ -205,6 +232,20 @@ class LocalStore(Store):
         target = self._folder / name
         with self._errors("delete", target), suppress(NotADirectoryError):  # what lies below a file is not there
             target.unlink(missing_ok=True)
+
+    def delete_all(self) -> None:
+        """Delete every file, what killed writers left included, and the folders that are empty then; this one too."""
+        with self._errors("delete", self._folder):
+            for folder, _, names in os.walk(self._folder, topdown=False, onerror=_raise_unless_absent):
+                for path in (Path(folder, name) for name in names):
+                    _remove(path)
+                with suppress(OSError):  # gone already, or another run fills it
+                    Path(folder).rmdir()
+
+    def tidy(self) -> None:  # noqa: D102
+        with self._errors("list", self._folder):
+            for path in self._folder.rglob(f"{_TEMPORARY}*"):
+                _remove(path)
 
     def child(self, prefix: str) -> LocalStore:  # noqa: D102
         return LocalStore(self._folder / prefix, self.variable)
@@ -253,10 +294,7 @@ def _raise_unless_absent(error: OSError) -> None:
 def appearing(target: Path, commit: Callable[[Path, Path], None]) -> Iterator[BinaryIO]:
     """Yield a temporary file beside ``target`` which ``commit`` gives its name once it is whole and on the disk."""
     temporary = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex}")
-    try:
-        file = _open_new(temporary)
-    except FileNotFoundError:  # the probe of another run may just have taken its empty folder away again
-        file = _open_new(temporary)
+    file = _open_new(temporary)
     try:
         with file:
             yield file
@@ -274,8 +312,34 @@ def appearing(target: Path, commit: Callable[[Path, Path], None]) -> Iterator[Bi
 
 
 def _open_new(path: Path) -> BinaryIO:
+    """Open a new file, marked as being written for as long as it is open."""
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(FileNotFoundError):  # another run may just have taken its empty folder away again
+            return _open_once(path)
+    return _open_once(path)
+
+
+def _open_once(path: Path) -> BinaryIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
+        if not path.parent.exists():  # mkdir found it, and then did not
+            raise FileNotFoundError(path.parent) from error
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)) from error
-    return path.open("xb")
+    file = path.open("xb")
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_EX)
+    if not path.exists():  # removed before it was locked
+        file.close()
+        raise FileNotFoundError(path)
+    return file
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, unless it has no name yet and its writer lives: that one is left alone."""
+    if not path.name.startswith(_TEMPORARY):
+        path.unlink(missing_ok=True)
+        return
+    with suppress(OSError), path.open("rb") as file:  # locked; or gone, or not to be known
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()

@@ -5,66 +5,49 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
-import tensorflow as tf
-
-from job import batch_norm
-from job.arms import Part, Phase
+from job import checkpoints
+from job.arms import Phase
 from job.batch_norm import Recalibrator
+from job.checkpoints import Checkpoint, Checkpoints, Progress
 from job.console import Console
-from job.errors import ConfigError
-from job.features import run_over
 from job.manifest import Epoch
-from job.model import Classifier, Cut
-from job.optimizers import FlatOptimizer, make_optimizer
-from job.rows import Rows
-from job.runtime import derived_seed, stop_if_asked
+from job.model import Classifier
+from job.optimizers import make_optimizer
 from job.settings import TrainingSettings
-from job.statistics import cross_entropy
+from job.steps import PhaseRun, Stage, Steps
+from job.stopping import Stopped, deferred
 
 logger = logging.getLogger(__name__)
 
-# Rows over which BatchNorm statistics are re-estimated before each validation of an arm whose BatchNorm trains.
-VALIDATION_CALIBRATION_ROWS = 128
-# Several steps go into one call until a call takes this long. It bounds how late a stop or the bar is heeded, and at a
-# tenth of a millisecond a call it leaves Python a thousandth of the time.
-_SECONDS_PER_CALL = 0.2
-# Rows that are read ahead of a call, at most.
-_BYTES_AHEAD = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A phase with its rows, at one cut.
-
-    index: int64 [n], the rows of ``train`` that are trained on.
-    """
-
-    phase: Phase
-    cut: Cut
-    train: Rows
-    index: npt.NDArray[np.int64]
-    validation: Rows
+# At the end of training, so much of the work that may be lost is worth a checkpoint: many results take a second each.
+_SHARE_AT_END = 0.25
 
 
 @dataclass(frozen=True)
 class Trained:
     """What training an arm gave beside the weights.
 
-    images: examples stepped over. seconds: wall-clock time of it all. examples_per_second: in the last phase's steps
-    after the first call, which compiles, and without validation; NaN where there was no second call.
+    images: examples stepped over. seconds: wall-clock time of it all, in every life of the run. examples_per_second: in
+    the last phase's steps after the first call, which compiles, and without validation; NaN where there was no second
+    call in this life. resumed: how often training went on from a checkpoint.
     """
 
     history: tuple[Epoch, ...]
     images: int
     seconds: float
     examples_per_second: float
+    resumed: int = 0
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Where the progress of one result is saved. result: its name there."""
+
+    checkpoints: Checkpoints
+    result: str
 
 
 class Trainer:
@@ -78,39 +61,47 @@ class Trainer:
         name: the arm's, for the log and the bar.
         """
         self.classifier = classifier
-        self._name = name
+        self.name = name
         self._settings = settings
         self._console = console
         self._xla = xla
         self._steps: dict[Phase, tuple[int, Steps]] = {}
         self._recalibrator: Recalibrator | None = None
 
-    def train(self, stages: tuple[Stage, ...], seed: int) -> Trained:
+    def train(self, stages: tuple[Stage, ...], seed: int, saving: Saving | None = None) -> Trained:
         """Train the classifier in place through ``stages``, from its present values, and return the history.
 
         The order of the examples is a permutation drawn from (seed, epoch), and the last, smaller batch of an epoch is
-        trained on too. ``history`` counts epochs through all phases from 1.
+        trained on too. ``history`` counts epochs through all phases from 1. With ``saving``, training goes on from the
+        newest checkpoint that can be used, and ends bit-identical where every operation repeats bit for bit.
+
+        Raises:
+            Stopped: the process was asked to stop; ``saving`` then holds the state after the last step.
+            ConfigError: the loss is not finite.
         """
-        start = time.perf_counter()
-        history: list[Epoch] = []
-        images, rate = 0, math.nan
+        found = saving.checkpoints.newest(saving.result, len(stages)) if saving else None
+        session = _Session(self, stages, seed, saving, found)
         total = sum(stage.phase.epochs * len(stage.index) for stage in stages)
-        with self._console.bar(self._name, total) as advance:
-            for stage in stages:
-                run = self.phase_run(stage, self.steps(stage), seed)
-                for _ in range(stage.phase.epochs):
-                    epoch = run.epoch(len(history) + 1, advance)
-                    history.append(epoch)
-                    logger.info(
-                        "%s: epoch %d/%d (%s) train loss %.4f accuracy %.4f, "
-                        "validation loss %.4f accuracy %.4f, %.1f s",
-                        self._name, epoch.epoch, self._settings.epochs, epoch.phase, epoch.train_loss,
-                        epoch.train_accuracy, epoch.validation_loss, epoch.validation_accuracy, epoch.seconds,
-                        extra={"arm": self._name, "seed": seed, **epoch.model_dump()},
-                    )  # fmt: skip
-                images += run.images
-                rate = run.examples_per_second
-        return Trained(tuple(history), images, time.perf_counter() - start, rate)
+        # state is whole between two steps, where stop_if_asked is called
+        with deferred(), self._console.bar(self.name, total) as advance:
+            advance(session.progress.images)
+            try:
+                session.train(advance)
+            except Stopped:
+                session.hold()
+                raise
+            session.end()
+        done = session.progress
+        return Trained(done.history, done.images, done.seconds, session.examples_per_second, done.resumed)
+
+    def log_epoch(self, epoch: Epoch, seed: int) -> None:
+        """Tell of a validated epoch."""
+        logger.info(
+            "%s: epoch %d/%d (%s) train loss %.4f accuracy %.4f, validation loss %.4f accuracy %.4f, %.1f s",
+            self.name, epoch.epoch, self._settings.epochs, epoch.phase, epoch.train_loss, epoch.train_accuracy,
+            epoch.validation_loss, epoch.validation_accuracy, epoch.seconds,
+            extra={"arm": self.name, "seed": seed, **epoch.model_dump()},
+        )  # fmt: skip
 
     def steps(self, stage: Stage) -> Steps:
         """Return the compiled steps of ``stage``, at their beginning."""
@@ -138,214 +129,89 @@ class Trainer:
         return self._recalibrator
 
 
-class Steps:
-    """The compiled training steps of one phase at one cut, and the sums that they keep.
-
-    most_per_call: how many may go into one call; None where any number may.
-    """
-
-    def __init__(self, classifier: Classifier, phase: Phase, cut: Cut, optimizer: Any, *, xla: bool) -> None:
-        """Take a fresh keras optimizer; nothing is traced before the first call."""
-        self._loss_sum = tf.Variable(0.0, dtype=tf.float32)
-        self._correct = tf.Variable(0, dtype=tf.int32)
-        variables = classifier.trainable_variables(phase.trains)
-        flat = self._optimizer = FlatOptimizer(optimizer, variables)
-        head, loss_sum, correct = classifier.head, self._loss_sum, self._correct
-
-        def step(rows: tf.Tensor, labels: tf.Tensor, dropout_seed: tf.Tensor) -> None:
-            values = [variable.value for variable in variables]
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(values)
-                logits = head(cut.tail(rows, phase.trains_batch_norm), dropout_seed)
-                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
-                scaled = flat.scale_loss(tf.reduce_mean(losses))
-            flat.apply(tape.gradient(scaled, values))
-            loss_sum.assign_add(tf.reduce_sum(losses))
-            hits = tf.equal(tf.argmax(logits, axis=1, output_type=tf.int32), labels)
-            correct.assign_add(tf.reduce_sum(tf.cast(hits, tf.int32)))
-
-        def steps(
-            rows: tf.Tensor, labels: tf.Tensor, order: tf.Tensor, dropout_seed: tf.Tensor, done: tf.Tensor
-        ) -> None:
-            def one(i: tf.Tensor) -> tuple[tf.Tensor]:
-                index = order[i]
-                step(tf.gather(rows, index), tf.gather(labels, index), tf.stack([dropout_seed, done + i + 1]))
-                return (i + 1,)
-
-            tf.while_loop(lambda i: i < tf.shape(order)[0], one, (tf.constant(0),), parallel_iterations=1)
-
-        signature = [
-            tf.TensorSpec([None, *cut.shape], cut.dtype),
-            tf.TensorSpec([None], tf.int32),
-            tf.TensorSpec([None, None], tf.int32),
-            tf.TensorSpec([], tf.int32),
-            tf.TensorSpec([], tf.int32),
-        ]
-        # XLA compiles for every shape: one step a call has two, that of a whole batch and that of an epoch's last
-        self.most_per_call = 1 if xla else None
-        self._call = tf.function(steps, input_signature=signature, autograph=False, jit_compile=xla or None)
-
-    def reset(self) -> None:
-        """Begin anew at the classifier's present values."""
-        self._optimizer.reset()
-
-    def __call__(
-        self, rows: tf.Tensor, labels: tf.Tensor, order: npt.NDArray[np.int64], dropout_seed: int, done: int
-    ) -> None:
-        """Take one step for each row of ``order``.
-
-        Args:
-            rows: [n, ...], at the cut.
-            labels: int32 [n].
-            order: [steps, batch], index into ``rows``.
-            dropout_seed: of the phase; each step draws from it and its number.
-            done: steps taken before.
-        """
-        number = tf.constant(done, tf.int32)
-        self._call(rows, labels, tf.constant(order, tf.int32), tf.constant(dropout_seed, tf.int32), number)
-
-    def take_sums(self) -> tuple[float, int]:
-        """Return the summed loss and the number of right answers since the last call of this, and begin at zero."""
-        sums = float(self._loss_sum), int(self._correct)
-        self._loss_sum.assign(0.0)
-        self._correct.assign(0)
-        return sums
-
-
-Call = tuple[tf.Tensor, tf.Tensor, npt.NDArray[np.int64]]
-
-
-class PhaseRun:
-    """One phase of one result: what an epoch of it does.
-
-    images: examples stepped over so far. per_call: steps in the next call.
-    """
+class _Session:
+    """The training of one result, from the beginning or from a checkpoint."""
 
     def __init__(
-        self,
-        classifier: Classifier,
-        stage: Stage,
-        steps: Steps,
-        batch_size: int,
-        seed: int,
-        recalibrator: Recalibrator | None,
+        self, trainer: Trainer, stages: tuple[Stage, ...], seed: int, saving: Saving | None, found: Checkpoint | None
     ) -> None:
-        self._recalibrator = recalibrator
-        self._stage = stage
-        self._steps = steps
-        self._batch_size = batch_size
+        self._trainer = trainer
+        self._stages = stages
         self._seed = seed
-        self._dropout_seed = derived_seed(seed, f"dropout {stage.phase.name}")
-        self._predict = classifier.inference(stage.cut)
-        self.images = 0
-        self._done = 0
-        self.per_call = 1
-        self._timed_images = 0
-        self._timed_seconds = 0.0
-        row_bytes = stage.cut.dtype.itemsize * math.prod(stage.cut.shape)
-        self._most_per_call = max(1, _BYTES_AHEAD // (row_bytes * batch_size))
-        self._resident: tuple[tf.Tensor, tf.Tensor] | None = None
-        if isinstance(stage.train.values, np.ndarray):
-            self._resident = tf.constant(stage.train.values), tf.constant(stage.train.labels)
-            self._most_per_call = len(stage.index)
-        if steps.most_per_call is not None:
-            self._most_per_call = steps.most_per_call
+        self._saving = saving
+        self._found = found
+        self._before = found.progress if found else Progress()
+        self._start = time.perf_counter()
+        self._steps: Steps | None = None
+        self._run: PhaseRun | None = None
+        self.examples_per_second = math.nan
 
     @property
-    def examples_per_second(self) -> float:
-        """Return the examples a second in steps so far, but for the first call, which compiles."""
-        return self._timed_images / self._timed_seconds if self._timed_images else math.nan
-
-    def epoch(self, number: int, advance: Callable[[int], None]) -> Epoch:
-        """Run one epoch, numbered from 1 through all phases, and validate."""
-        start = time.perf_counter()
-        phase = self._stage.phase
-        order = np.random.default_rng(derived_seed(self._seed, "order", number)).permutation(self._stage.index)
-        self.steps_over(order, advance)
-        loss_sum, correct = self._steps.take_sums()
-        if not math.isfinite(loss_sum):
-            tail = phase.trains is Part.TAIL
-            raise ConfigError.of(
-                "TRANSFER_FINE_TUNE_LEARNING_RATE" if tail else "TRANSFER_LEARNING_RATE",
-                f"the training loss is {loss_sum} in epoch {number} ({phase.name} phase), "
-                f"at a peak rate of {phase.learning_rate:g}; give a lower rate",
-            )
-        loss, accuracy = self._validate(order)
-        return Epoch(
-            epoch=number,
-            phase=phase.name,
-            train_loss=loss_sum / len(order),
-            train_accuracy=correct / len(order),
-            validation_loss=loss,
-            validation_accuracy=accuracy,
-            seconds=time.perf_counter() - start,
+    def progress(self) -> Progress:
+        """How far training has come by now."""
+        run, before = self._run, self._before
+        taken = run.done - before.phase_step if run else 0
+        return replace(
+            before,
+            step=before.step + taken,
+            phase_step=before.phase_step + taken,
+            images=before.images + (run.images if run else 0),
+            seconds=before.seconds + time.perf_counter() - self._start,
+            epoch_seconds=run.epoch_seconds if run else before.epoch_seconds,
         )
 
-    def steps_over(self, order: npt.NDArray[np.int64], advance: Callable[[int], None]) -> None:
-        """Step over the rows at ``order`` (int64 [n]) once; ``advance`` is told of every call's examples."""
-        before = time.perf_counter()
-        for rows, labels, batches in self._feed(self._calls(order)):
-            stop_if_asked()
-            self._steps(rows, labels, batches, self._dropout_seed, self._done)
-            now = time.perf_counter()
-            if self._done > 0:
-                self._timed_images += batches.size
-                self._timed_seconds += now - before
-                fitting = int(_SECONDS_PER_CALL * len(batches) / (now - before))
-                self.per_call = min(max(1, fitting), self._most_per_call)
-            self._done += len(batches)
-            self.images += batches.size
-            before = now
-            advance(batches.size)
+    def train(self, advance: Callable[[int], None]) -> None:
+        """Train from where the checkpoint ends to the end."""
+        if self._found:
+            checkpoints.assign(self._trainer.classifier.variables, self._found.arrays, "variable")
+            logger.info(
+                "%s: goes on after step %d, in epoch %d", self._trainer.name, self._before.step,
+                len(self._before.history) + 1, extra={"resumed_at": self._before.step, "arm": self._trainer.name},
+            )  # fmt: skip
 
-    def _calls(self, order: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
-        """Yield the batches of each call, int64 [steps, batch]; the last, smaller batch has a call of its own."""
-        whole = len(order) // self._batch_size
-        batches = order[: whole * self._batch_size].reshape(whole, self._batch_size)
-        at = 0
-        while at < whole:
-            call = batches[at : at + self.per_call]
-            at += len(call)
-            yield call
-        if whole * self._batch_size < len(order):
-            yield order[whole * self._batch_size :][None]
+        def stepped(images: int) -> None:
+            advance(images)
+            self.save_if_due()
 
-    def _feed(self, calls: Iterator[npt.NDArray[np.int64]]) -> Iterator[Call]:
-        """Yield rows, labels, and the calls' batches as indices into them.
+        epochs_before = 0
+        for number, stage in enumerate(self._stages):
+            epochs_in = len(self._before.history) - epochs_before
+            epochs_before += stage.phase.epochs
+            if number < self._before.phase:
+                continue
+            self._steps = self._trainer.steps(stage)
+            self._run = run = self._trainer.phase_run(stage, self._steps, self._seed)
+            if self._before.phase_step and self._found:
+                run.go_on(self._found.arrays, self._before.phase_step, epochs_in, self._before.epoch_seconds)
+            elif number:
+                # kept before the first step of a phase, which compiles and cannot be stopped
+                self.hold()
+            for _ in range(epochs_in, stage.phase.epochs):
+                epoch = run.epoch(len(self._before.history) + 1, stepped)
+                self._before = replace(self._before, history=(*self._before.history, epoch))
+                self._trainer.log_epoch(epoch, self._seed)
+            self.examples_per_second = run.examples_per_second
+            self._before = replace(self.progress, phase=number + 1, phase_step=0, epoch_seconds=0.0)
+            self._start = time.perf_counter()
+            self._steps = self._run = None
 
-        Rows that are not in memory are read while the call before computes.
-        """
-        if self._resident is not None:
-            yield from ((*self._resident, batches) for batches in calls)
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-            ahead = next(calls, None)
-            future = None if ahead is None else reader.submit(self._read, ahead)
-            while future is not None:
-                ready = future.result()
-                following = next(calls, None)
-                future = None if following is None else reader.submit(self._read, following)
-                yield ready
+    def save_if_due(self) -> None:
+        """Begin to save the present state, if so much work would be lost without it."""
+        if self._saving and self._saving.checkpoints.due():
+            self._saving.checkpoints.save(self._saving.result, self._checkpoint())
 
-    def _read(self, batches: npt.NDArray[np.int64]) -> Call:
-        index = batches.ravel()
-        rows = self._stage.train
-        local = np.arange(len(index)).reshape(batches.shape)
-        return tf.constant(rows.values[index]), tf.constant(rows.labels[index]), local
-
-    def _validate(self, order: npt.NDArray[np.int64]) -> tuple[float, float]:
-        """Return mean loss and accuracy on the validation rows.
-
-        Where BatchNorm trains, this is done with statistics re-estimated on some of the training rows, and the
-        moving averages are put back: with momentum 0.999 their own curve would be flat at chance.
-        """
-        validation, recalibrator = self._stage.validation, self._recalibrator
-        if recalibrator is None:
-            logits = run_over(self._predict, validation.values)
+    def end(self) -> None:
+        """Have the trained state saved: evaluation and export follow, from which nothing can be saved."""
+        if self._saving and self._saving.checkpoints.due(_SHARE_AT_END):
+            self._saving.checkpoints.save(self._saving.result, self._checkpoint())
         else:
-            kept = batch_norm.statistics(recalibrator.layers)
-            recalibrator.recalibrate(self._stage.train, order[:VALIDATION_CALIBRATION_ROWS], self._batch_size)
-            logits = run_over(self._predict, validation.values)
-            batch_norm.assign(recalibrator.layers, kept)
-        loss = float(cross_entropy(logits, validation.labels).mean())
-        return loss, float((logits.argmax(axis=1) == validation.labels).mean())
+            self.hold()
+
+    def hold(self) -> None:
+        """Have the present state saved if the process is asked to stop."""
+        if self._saving:
+            self._saving.checkpoints.hold(self._saving.result, self._checkpoint())
+
+    def _checkpoint(self) -> Checkpoint:
+        arrays = checkpoints.copied(self._trainer.classifier.variables, "variable")
+        return Checkpoint(self.progress, arrays | (self._steps.state() if self._steps else {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from job.storage import Store, open_store
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -142,3 +145,21 @@ def dtype_policy(request: pytest.FixtureRequest) -> Iterator[None]:
     keras.config.set_dtype_policy(request.param)
     yield
     keras.config.set_dtype_policy(before)
+
+
+@pytest.fixture(params=["local", "gs"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """An empty place for a run, in a folder and in a bucket."""
+    if request.param == "local":
+        return open_store(str(tmp_path / "store" / "run"), "TRANSFER_OUTPUT_URI")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", request.getfixturevalue("server"))
+    name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
+    return open_store(f"gs://bucket/{name}/run", "TRANSFER_OUTPUT_URI", 30)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A folder with the files of a small run."""
+    from tests.small_runs import write_tree
+
+    return write_tree(tmp_path / "tree")

@@ -29,7 +29,7 @@ from job.features import run_over
 from job.model import Classifier, Head
 from job.optimizers import FlatOptimizer, make_optimizer
 from job.row_files import RowFileWriter
-from job.training import Steps
+from job.steps import Steps
 
 ROW = BACKBONES["MobileNetV2"]
 SIZE, BATCH, PAIRS = 160, 32, 6
@@ -69,7 +69,7 @@ def main() -> None:
         forward[name] = model.inference(model.cut(Part.ALL))
 
     def step(name: str) -> Callable[[], Any]:
-        return lambda: (steps[name](pixels, labels, order, 0, 0), steps[name].take_sums())
+        return lambda: (steps[name](pixels, labels, order, 0, 0), steps[name].sums())
 
     found = {
         "BatchNorm, training step": compare(step("ours"), step("keras"), BATCH),

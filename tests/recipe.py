@@ -23,7 +23,8 @@ from job.features import Features, mean_and_deviation
 from job.model import Classifier, Head
 from job.row_cache import RowCache
 from job.settings import load
-from job.training import Stage, Trainer
+from job.steps import Stage
+from job.training import Trainer
 from tests.real import CATS, FLOWERS, SOLAR, Real
 
 SETS = {"cats_vs_dogs": CATS, "tf_flowers": FLOWERS, "solar_cells": SOLAR}

@@ -23,7 +23,7 @@ from job import console, data, planning, runtime
 from job.arms import ARMS
 from job.experiment import Experiment
 from job.settings import load
-from job.training import PhaseRun, Stage, Steps
+from job.steps import PhaseRun, Stage, Steps
 from tests.bench import DEFAULT
 from tests.real import CATS
 

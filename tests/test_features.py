@@ -84,6 +84,7 @@ def test_a_second_run_takes_the_rows_from_the_cache(
     model: Classifier, pixels: dict[str, Rows], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = features(pixels, tmp_path).rows(model, Part.TAIL, "test").values[:]
+    caplog.clear()
     with caplog.at_level(logging.INFO, "job"):
         again = features(pixels, tmp_path).rows(model, Part.TAIL, "test").values[:]
     np.testing.assert_array_equal(first, again)

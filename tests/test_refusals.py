@@ -50,8 +50,8 @@ BY_SETTINGS: list[tuple[Change, str]] = [
     ({"TRANSFER_SEEDS": "0,0"}, "TRANSFER_SEEDS"),
     ({"TRANSFER_TRAIN_FRACTIONS": "0.5,1.5"}, "TRANSFER_TRAIN_FRACTIONS"),
     ({"TRANSFER_AUGMENTATION": "flip"}, "TRANSFER_AUGMENTATION"),
-    ({"TRANSFER_CHECKPOINT_URI": "checkpoints"}, "TRANSFER_CHECKPOINT_URI"),
-    ({"TRANSFER_CHECKPOINT_SECONDS": "30"}, "TRANSFER_CHECKPOINT_SECONDS"),
+    ({"TRANSFER_CHECKPOINT_URI": "s3://bucket/checkpoints"}, "TRANSFER_CHECKPOINT_URI"),
+    ({"TRANSFER_CHECKPOINT_SECONDS": "0"}, "TRANSFER_CHECKPOINT_SECONDS"),
     ({"TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 0}}'}, "TF_CONFIG"),
     ({"TF_CONFIG": "{"}, "TF_CONFIG"),
 ]
@@ -76,6 +76,8 @@ BY_LOOKING: list[tuple[Change, str]] = [
     ({"TRANSFER_OUTPUT_URI": "{tmp}/garbage.h5/below"}, "TRANSFER_OUTPUT_URI"),
     ({"TRANSFER_OUTPUT_URI": "gs://no-such-bucket/prefix"}, "TRANSFER_OUTPUT_URI"),
     ({"AIP_MODEL_DIR": "gs://no-such-bucket/model"}, "AIP_MODEL_DIR"),
+    ({"TRANSFER_CHECKPOINT_URI": "{tmp}/garbage.h5/below"}, "TRANSFER_CHECKPOINT_URI"),
+    ({"AIP_CHECKPOINT_DIR": "gs://no-such-bucket/checkpoints"}, "AIP_CHECKPOINT_DIR"),
     ({"TRANSFER_CACHE_DIR": "{tmp}/garbage.h5/below"}, "TRANSFER_CACHE_DIR"),
 ]
 

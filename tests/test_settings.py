@@ -133,8 +133,8 @@ MALFORMED = [
     ({"TRANSFER_DETERMINISTIC": ""}, "unset it for false"),
     ({"TRANSFER_FEATURE_CACHE": "on"}, "auto or off"),
     ({"TRANSFER_CACHE_DIR": "gs://bucket/cache"}, "local"),
-    ({"TRANSFER_CHECKPOINT_URI": "gs://bucket/checkpoints"}, "does not resume"),
-    ({"TRANSFER_CHECKPOINT_SECONDS": "60"}, "does not resume"),
+    ({"TRANSFER_CHECKPOINT_URI": "s3://bucket/checkpoints"}, "gs://bucket/prefix"),
+    ({"TRANSFER_CHECKPOINT_SECONDS": "0"}, "above 0"),
     ({"TRANSFER_OUTPUT_URI": "s3://bucket/runs"}, "gs://bucket/prefix"),
     ({"TRANSFER_OUTPUT_URI": "http://example.com/runs"}, "gs://bucket/prefix"),
     ({"TRANSFER_OUTPUT_URI": "gs://"}, "bucket's name"),
@@ -181,7 +181,7 @@ def test_all_mistakes_are_reported_together() -> None:
         "TRANSFER_SEEDS": "0,one",
         "TRANSFER_XLA": "maybe",
         "TRANSFER_OUTPUT_URI": "s3://bucket",
-        "TRANSFER_CHECKPOINT_SECONDS": "5",
+        "TRANSFER_CHECKPOINT_SECONDS": "-5",
         "TRANSFER_HEAD_EPOCHS": "10",
         "TRANSFER_TEST_SPLIT": "train[:20%]",
         "TF_CONFIG": "{",
@@ -284,12 +284,14 @@ DIFFERENT = {
     "TRANSFER_DETERMINISTIC": ("yes", True),
     "TRANSFER_FEATURE_CACHE": ("off", "off"),
     "TRANSFER_CACHE_DIR": ("/scratch", "/scratch"),
+    "TRANSFER_CHECKPOINT_URI": ("/checkpoints", "/checkpoints"),
+    "TRANSFER_CHECKPOINT_SECONDS": ("2.5", 2.5),
     "TRANSFER_OUTPUT_URI": ("gs://bucket/runs/", "gs://bucket/runs/"),
     "TRANSFER_RUN_ID": ("a" * 128, "a" * 128),
     "TRANSFER_COST_PER_HOUR": ("1.2", 1.2),
     "TRANSFER_LOG_FORMAT": ("json", "json"),
 }
-REFUSED_BY_THIS_VERSION = {"TRANSFER_AUGMENTATION", "TRANSFER_CHECKPOINT_URI", "TRANSFER_CHECKPOINT_SECONDS"}
+REFUSED_BY_THIS_VERSION = {"TRANSFER_AUGMENTATION"}
 
 
 def test_every_variable_arrives_with_its_type() -> None:

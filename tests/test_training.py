@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from job.arms import Part, Phase
 from job.backbone_table import BACKBONES
 from job.backbones import build, preprocessing
 from job.batch_norm import Recalibrator, assign, statistics
+from job.checkpoints import Checkpoint, Checkpoints
 from job.errors import ConfigError
 from job.features import INFERENCE_BATCH, mean_and_deviation, run_over
 from job.model import Classifier, Cut, Head
@@ -23,7 +25,8 @@ from job.row_files import RowFileWriter
 from job.rows import Rows
 from job.runtime import derived_seed
 from job.settings import TrainingSettings
-from job.training import Stage, Trainer
+from job.steps import Stage
+from job.training import Saving, Trainer
 
 FEATURES = 6
 
@@ -50,6 +53,10 @@ class Pooled:
         keras.utils.set_random_seed(seed)
         self.head = Head(3, (8,), dropout=0.25)
         self.head.build((None, FEATURES))
+
+    @property
+    def variables(self) -> list[Any]:
+        return list(self.head.variables)
 
     def trainable_variables(self, _part: Part) -> list[Any]:
         return list(self.head.trainable_variables)
@@ -106,6 +113,66 @@ def test_rows_read_ahead_from_disk_train_as_rows_in_memory_do(separable: Rows, t
     assert from_disk.images == 4 * 90
 
 
+class Interrupted(Checkpoints):
+    """Checkpoints that are saved whenever they can be, of a process that is killed after some of them."""
+
+    def __init__(self, saves: int, saved: Checkpoint | None = None) -> None:
+        self.saves = saves
+        self.saved = saved
+
+    def newest(self, _result: str, _phases: int) -> Checkpoint | None:
+        found = self.saved
+        return found and replace(found, progress=replace(found.progress, resumed=found.progress.resumed + 1))
+
+    def due(self, _share: float = 1.0) -> bool:
+        return True
+
+    def save(self, _result: str, checkpoint: Checkpoint) -> None:
+        self.saved = checkpoint
+        self.saves -= 1
+        if self.saves == 0:
+            raise SystemExit("killed")
+
+    hold = save
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lives"), [("adam", range(1, 30)), ("sgd", (4, 6)), ("rmsprop", (4, 6)), ("adamw", (4, 6))]
+)
+def test_killed_at_any_checkpoint_training_ends_with_the_same_weights_and_history(
+    separable: Rows, optimizer: str, lives: Iterable[int]
+) -> None:
+    first, second = stage_of(separable), stage_of(separable, rate=0.02)
+    head = replace(first, phase=replace(first.phase, epochs=1))
+    stages = (head, replace(second, phase=replace(second.phase, name="tail", epochs=2)))
+    undisturbed = Pooled()
+    whole = trainer_of(undisturbed, optimizer=optimizer).train(stages, seed=3)
+    died_in = set()
+    for saves in lives:
+        life = Interrupted(saves)
+        try:
+            trainer_of(Pooled(), optimizer=optimizer).train(stages, 3, Saving(life, "result"))
+        except SystemExit:
+            pass
+        else:
+            break
+        assert life.saved is not None
+        died_in.add((life.saved.progress.phase, len(life.saved.progress.history)))
+        resumed = Pooled(seed=99)
+        saving = Saving(Interrupted(0, life.saved), "result")
+        trained = trainer_of(resumed, optimizer=optimizer).train(stages, 3, saving)
+        assert trained.resumed == 1
+        assert trained.images == whole.images
+        assert [epoch.model_dump(exclude={"seconds"}) for epoch in trained.history] == [
+            epoch.model_dump(exclude={"seconds"}) for epoch in whole.history
+        ]
+        for a, b in zip(undisturbed.head.get_weights(), resumed.head.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
+    if optimizer == "adam":
+        # in each epoch, at the beginning of the second phase, and at the end of all
+        assert died_in == {(0, 0), (1, 1), (1, 2), (2, 3)}
+
+
 def test_several_steps_in_one_call_are_those_steps_one_by_one(separable: Rows) -> None:
     order = np.random.default_rng(1).permutation(90)[:80].reshape(5, 16)
     rows, labels = tf.constant(separable.values), tf.constant(separable.labels)
@@ -117,7 +184,7 @@ def test_several_steps_in_one_call_are_those_steps_one_by_one(separable: Rows) -
         for call in calls:
             steps(rows, labels, call, 5, done)
             done += len(call)
-        sums.append(steps.take_sums())
+        sums.append(steps.sums())
         weights.append(model.head.get_weights())
     assert sums[0] == sums[1]
     for a, b in zip(*weights, strict=True):

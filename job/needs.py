@@ -1,0 +1,291 @@
+"""How much memory and disk a run takes at its peak, from the shapes of the network alone: nothing is computed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from job.arms import ARMS, Part, Phase
+from job.budget import disk_left
+from job.cuts import inputs_of, last_uses, outputs_of
+from job.errors import Problem
+from job.features import INFERENCE_BATCH
+
+# Python, TensorFlow, Keras and TFDS, once they have decoded photos and written a SavedModel of next to nothing. Their
+# code, another 400 MB, is not counted: it is read from files again where memory is short.
+_PROCESS = 550 * 10**6
+# With a GPU, its driver and the compiler of kernels come to it.
+_PROCESS_WITH_GPU = 2500 * 10**6
+# Of each operation of the network: its forward and backward pass as graphs.
+_PER_OPERATION = 10**6
+# Ids and digests of an example, as Python keeps them.
+_PER_EXAMPLE = 250
+# Forward passes that are under way at once (``features.in_batches``).
+_PASSES = 2
+# Pooled rows are held in memory where they take at most this part of it (``features.Features``).
+_HELD_SHARE = 8
+# Optimizer slots of a variable.
+_SLOTS = {"adam": 2, "adamw": 2, "rmsprop": 1, "sgd": 1}
+# A SavedModel beside its variables.
+_GRAPH_BYTES = 10 * 10**6
+# Of a model's size: a SavedModel and a checkpoint, which has two slots for each variable, on the way to their places;
+# and the newest checkpoints, the one before included.
+COPIES_IN_SCRATCH = 4
+COPIES_IN_CHECKPOINTS = 9
+# A run may take so much of what there is before a warning says that it could be too much.
+_COMFORTABLE = 0.8
+
+# Operations whose gradient needs none of the tensors that they take.
+_NEED_NO_INPUT = (
+    keras.layers.Add,
+    keras.layers.AveragePooling2D,
+    keras.layers.Concatenate,
+    keras.layers.Cropping2D,
+    keras.layers.Dropout,
+    keras.layers.GlobalAveragePooling2D,
+    keras.layers.Normalization,
+    keras.layers.ReLU,
+    keras.layers.Rescaling,
+    keras.layers.Reshape,
+    keras.layers.ZeroPadding2D,
+)
+# Activations whose gradient is taken of what they return.
+_OF_RESULT = {"relu", "relu6", "sigmoid", "softmax", "tanh"}
+# Activations that are several operations, with so many tensors of their own to keep.
+_COMPOSED = {"gelu": 3, "hard_silu": 2}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of memory at the peak of a run.
+
+    fixed: the process, its graphs and every copy of the weights. rows: what is held of all examples. per_image: of a
+    training step, for each of the ``batch`` images. forward: of passes without gradients. limit: what may be used.
+    """
+
+    fixed: int
+    rows: int
+    per_image: int
+    batch: int
+    forward: int
+    limit: int
+
+    @property
+    def needed(self) -> int:
+        """Return what is needed when most is."""
+        return self.fixed + self.rows + max(self.per_image * self.batch, self.forward)
+
+    def problem(self) -> Problem | None:
+        """Return what to change where there is too little memory; None where there is enough."""
+        if self.needed <= self.limit:
+            return None
+        step, room = self.per_image * self.batch, self.limit - self.fixed - self.rows
+        said = (
+            f"the run needs about {gigabytes(self.needed)} of memory, and {gigabytes(self.limit)} may be used: "
+            f"{gigabytes(self.fixed)} for the process and copies of the weights, {gigabytes(self.rows)} for examples, "
+        )
+        if room < max(self.forward, 2 * self.per_image):
+            images = f"at least {gigabytes(max(self.forward, 2 * self.per_image))} for the images that it works on"
+            variable, change = "TRANSFER_IMAGE_SIZE", "smaller images or a smaller network (TRANSFER_BACKBONE)"
+            if room <= 0:
+                variable, change = "TRANSFER_BACKBONE", "a smaller network"
+            return Problem(variable, f"{said}{images}. Give {change}, or more memory")
+        return Problem(
+            "TRANSFER_BATCH_SIZE",
+            f"{said}{gigabytes(step)} for a training step of {self.batch} images. Give at most "
+            f"{room // self.per_image}, a smaller TRANSFER_IMAGE_SIZE, or more memory",
+        )
+
+    @property
+    def is_tight(self) -> bool:
+        """Return whether there is so little more that the error of the estimate could decide."""
+        return self.needed > _COMFORTABLE * self.limit
+
+
+def memory(
+    backbone: keras.Model,
+    first_trainable: int,
+    phases: Mapping[str, Sequence[Phase]],
+    optimizer: str,
+    batch: int,
+    examples: int,
+    limit: int,
+    *,
+    gpu: bool = False,
+) -> Memory:
+    """Return the memory that a run takes; it may be some percent less, and hardly more.
+
+    Resident memory of whole runs at their peak, estimated and measured, in MB, on two cores:
+
+    Args:
+        backbone: the network; only its shapes are looked at, so its variables may have no values yet.
+        first_trainable: index of the layer where fine_tune's tail starts.
+        phases: of every arm that runs.
+        optimizer: as in the settings.
+        batch: images of a training step.
+        examples: of all splits together.
+        limit: bytes that may be used.
+        gpu: whether steps run on a GPU; their memory is then its own and does not count.
+    """
+    operations, everything = backbone.operations, _bytes_of_weights(backbone.layers)
+    slots = _SLOTS[optimizer]
+    fixed, per_image = 0, 0
+    for arm, its_phases in phases.items():
+        for phase in its_phases:
+            if phase.trains is Part.HEAD:
+                continue
+            first = 0 if phase.trains is Part.ALL else first_trainable
+            trained = _bytes_of_weights(backbone.layers[first:])
+            # flat copy, slots and their initial values; a gradient and its temporaries
+            copies = (4 + 2 * slots) * trained + (0 if ARMS[arm].pretrained else everything)
+            fixed = max(fixed, copies)
+            part = operations[operations.index(backbone.layers[first]) :]
+            per_image = max(per_image, _kept_for_gradients(part) + _live(backbone, part) // 2)
+    pooled = 4 * backbone.output_shape[-1] if any(ARMS[arm].pretrained for arm in phases) else 0
+    # once while their deviation is taken; and where they are held, as rows and as a tensor
+    pooled *= 3 if examples * pooled <= limit // _HELD_SHARE else 1
+    networks = len({ARMS[arm].pretrained for arm in phases})
+    fixed += 2 * everything + networks * _PER_OPERATION * len(operations)
+    return Memory(
+        fixed=fixed + (_PROCESS_WITH_GPU if gpu else _PROCESS),
+        rows=examples * (_PER_EXAMPLE + pooled),
+        per_image=0 if gpu else per_image,
+        batch=batch,
+        forward=0 if gpu else _PASSES * INFERENCE_BATCH * _live(backbone, operations),
+        limit=limit,
+    )
+
+
+def _bytes_of_weights(layers: Sequence[keras.layers.Layer]) -> int:
+    return sum(4 * math.prod(weight.shape) for layer in layers for weight in layer.weights)
+
+
+def _bytes(tensor: Any) -> int:
+    return int(math.prod(tensor.shape[1:]) * tf.as_dtype(tensor.dtype).size)
+
+
+def _activation(operation: Any) -> str:
+    return getattr(getattr(operation, "activation", None), "__name__", "linear")
+
+
+def _kept_for_gradients(operations: Sequence[Any]) -> int:
+    """Return the bytes of one example that stay until the backward pass: what the gradients are computed from.
+
+    Normalised values that only a ReLU takes are not among them: TensorFlow's gradient is taken of the ReLU's result,
+    and the memory of its input is used again.
+    """
+    kept: dict[int, int] = {}
+    composed = 0
+    for operation in operations:
+        outputs = outputs_of(operation)
+        activation = _activation(operation)
+        alone = isinstance(operation, keras.layers.Activation) and activation in _OF_RESULT
+        if not alone and not isinstance(operation, _NEED_NO_INPUT):
+            kept |= {id(tensor): _bytes(tensor) for tensor in inputs_of(operation)}
+        if activation in _OF_RESULT or isinstance(operation, keras.layers.ReLU):
+            kept |= {id(tensor): _bytes(tensor) for tensor in outputs}
+        composed += _COMPOSED.get(activation, 0) * _bytes(outputs[0])
+        if isinstance(operation, keras.layers.LayerNormalization):
+            composed += 3 * _bytes(outputs[0])
+        if isinstance(operation, keras.layers.SeparableConv2D):
+            # between its two convolutions: the positions of the one, the channels of the other
+            composed += _bytes(outputs[0]) // outputs[0].shape[-1] * inputs_of(operation)[0].shape[-1]
+    return sum(kept.values()) + composed
+
+
+def _live(backbone: keras.Model, part: Sequence[Any]) -> int:
+    """Return the bytes of one example that a forward pass over ``part`` of ``backbone`` holds at its widest place."""
+    last_use = last_uses(backbone)
+    first = backbone.operations.index(part[0])
+    live: dict[int, int] = {}
+    widest = 0
+    for index, operation in enumerate(part, first):
+        live |= {id(tensor): _bytes(tensor) for tensor in outputs_of(operation)}
+        widest = max(widest, sum(live.values()))
+        live = {tensor: size for tensor, size in live.items() if last_use.get(tensor, -1) > index}
+    return widest
+
+
+@dataclass(frozen=True)
+class Space:
+    """Bytes that are written to one place.
+
+    variable: which setting chose it. what: what it is that is written there, for people.
+    """
+
+    variable: str
+    folder: Path
+    needed: int
+    what: str
+
+
+def disk(places: Sequence[Space]) -> tuple[int, int]:
+    """Return the bytes that are written to the disk of the first place, and how many are free there."""
+    first = places[0]
+    return sum(place.needed for place in places if _same_disk(place, first)), disk_left(first.folder)
+
+
+def disk_problems(places: Sequence[Space]) -> list[Problem]:
+    """Return what to change about every disk that has too little room for all that is written to it."""
+    found = []
+    rest = list(places)
+    while rest:
+        together = [place for place in rest if _same_disk(place, rest[0])]
+        needed, free = disk(rest)
+        rest = [place for place in rest if place not in together]
+        if needed > free:
+            most = max(together, key=lambda place: place.needed)
+            told = ", ".join(f"{gigabytes(place.needed)} for {place.what}" for place in together if place.needed)
+            found.append(
+                Problem(
+                    most.variable,
+                    f"the run writes about {gigabytes(needed)} to the disk of {most.folder}, which has "
+                    f"{gigabytes(free)} free: {told}. Give a larger disk, smaller splits or a smaller "
+                    "TRANSFER_IMAGE_SIZE",
+                )
+            )
+    return found
+
+
+def _same_disk(one: Space, other: Space) -> bool:
+    return _device(one.folder) == _device(other.folder)
+
+
+def _device(folder: Path) -> int:
+    existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    return existing.stat().st_dev
+
+
+def kept_rows(folder: Path, key: Mapping[str, Any]) -> dict[tuple[str, str], int]:
+    """Return the bytes of rows that a cache in ``folder`` holds already, by cut and split.
+
+    Whether they may be used is found out when they are: that takes reading them.
+
+    key: what decides the rows, beside cut, split and examples.
+    """
+    found = {}
+    for description in folder.glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            told = json.loads(description.read_bytes())["key"]
+            if {name: told.get(name) for name in key} == json.loads(json.dumps(dict(key))):
+                size = description.with_suffix(".npy").stat().st_size
+                found[str(told["cut"]), str(told["split"])] = size
+    return found
+
+
+def bytes_of_model(backbone: keras.Model) -> int:
+    """Return about what a SavedModel of ``backbone`` takes on disk."""
+    return _bytes_of_weights(backbone.layers) + _GRAPH_BYTES
+
+
+def gigabytes(size: int) -> str:
+    """Return a number of bytes for people."""
+    return f"{size / 1e9:,.1f} GB" if size >= 10**9 else f"{size / 1e6:,.0f} MB"

@@ -1,0 +1,125 @@
+"""Requests to stop (SIGTERM, SIGINT), heeded from the first line of the process to its last.
+
+Nothing is imported here that takes time: a signal can come while TensorFlow is being imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Final
+
+from job.errors import Stopped
+
+# Kubernetes and Vertex AI give 30 s between SIGTERM and SIGKILL.
+GRACE_SECONDS: Final = 25.0
+# Kept for the way out: the process has ended when the grace period has.
+_MARGIN_SECONDS = 1.0
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+__all__ = ["GRACE_SECONDS", "Stopped", "deferred", "heed", "seconds_left", "stop_if_asked", "when_asked"]
+
+_asked = threading.Event()
+_asked_at = 0.0
+_deferrals = 0
+_hooks: list[Callable[[], None]] = []
+
+
+def heed() -> None:
+    """Turn the first SIGTERM or SIGINT into Stopped; call once, in the main thread, as early as possible.
+
+    Whatever the process does then, it ends with exit code 143 within the grace period; a second signal ends it at
+    once. Both are the work of a thread: Python runs a signal's handler between two of its own instructions, and native
+    code can take minutes. Nor can this be left to the kernel's default action, which spares a process with PID 1.
+    """
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    for number in _SIGNALS:
+        signal.signal(number, _stop)
+    threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    _ask()
+    if not _deferrals:
+        stop_if_asked()
+
+
+def _ask() -> None:
+    global _asked_at
+    if not _asked.is_set():
+        _asked_at = time.monotonic()
+        _asked.set()
+
+
+def _watch(reading: int) -> None:
+    _next_request(reading)
+    _ask()
+    end = threading.Timer(GRACE_SECONDS - _MARGIN_SECONDS, _end, ["the grace period is over"])
+    end.daemon = True
+    end.start()
+    for hook in tuple(_hooks):
+        threading.Thread(target=hook, name="before the end", daemon=True).start()
+    _next_request(reading)
+    _end("asked a second time")
+
+
+def _next_request(reading: int) -> None:
+    # other signals that Python handles are written to the pipe too
+    while os.read(reading, 1)[0] not in _SIGNALS:
+        pass
+
+
+def _end(why: str) -> None:
+    # no lock is taken on this way, not even that of the log: whoever holds it may be what does not end
+    with contextlib.suppress(OSError):
+        os.write(2, f"{why}: ended without saving more\n".encode())
+    os._exit(Stopped.exit_code)
+
+
+def stop_if_asked() -> None:
+    """Raise Stopped where a request has come.
+
+    The handler raises it too, wherever Python happens to be; but that can be a place that drops exceptions: a bare
+    ``except:`` in Keras's layer calls, a destructor or a callback from native code. So every loop asks again.
+    """
+    if _asked.is_set():
+        raise Stopped("asked to stop: run it again with the same settings, and it goes on")
+
+
+def seconds_left() -> float:
+    """Return the seconds of the grace period that are left; infinity where no request has come."""
+    return GRACE_SECONDS - _MARGIN_SECONDS - (time.monotonic() - _asked_at) if _asked.is_set() else float("inf")
+
+
+@contextlib.contextmanager
+def when_asked(hook: Callable[[], None]) -> Iterator[None]:
+    """Call ``hook`` in a thread of its own as soon as a request comes, as long as the block runs.
+
+    It may be all that is done within the grace period, where the main thread is in native code.
+    """
+    _hooks.append(hook)
+    try:
+        yield
+    finally:
+        _hooks.remove(hook)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Raise Stopped only where :func:`stop_if_asked` is called, as long as the block runs.
+
+    For code whose state is whole at some places only: the steps of training.
+    """
+    global _deferrals
+    _deferrals += 1
+    try:
+        yield
+    finally:
+        _deferrals -= 1

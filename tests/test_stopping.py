@@ -1,0 +1,325 @@
+"""Requests to stop, in processes of their own: they change how the whole process takes signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# A generous bound for what is to happen at once; the grace period is 24 s, so that the two cannot be confused.
+AT_ONCE = 12.0
+
+# A mutex that its own thread locks again is waited for in native code for ever, whatever signals come, and ctypes lets
+# go of Python's lock before: so it blocks as TensorFlow does. All zeros are a fresh mutex.
+IN_NATIVE_CODE = """
+import ctypes
+mutex = ctypes.create_string_buffer(128)
+lock = ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+with stopping.deferred():  # a signal that comes before the call is no exception instead of it
+    say("ready")
+    lock(mutex)
+"""
+
+BEGINNING = """
+import os, signal, sys, time
+from job import stopping
+from job.errors import Stopped
+def say(word):
+    os.write(1, (word + "\\n").encode())
+"""
+
+
+@contextmanager
+def child(code: str, before: Sequence[str] = (), heeds: bool = True) -> Iterator[subprocess.Popen[str]]:
+    """Run Python code that heeds signals; end it when the block is left."""
+    whole = BEGINNING + ("stopping.heed()\n" if heeds else "") + code
+    with subprocess.Popen(
+        [*before, sys.executable, "-c", whole],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            for pid in [*children_of(process.pid), process.pid]:
+                if process.poll() is None:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+
+def children_of(pid: int) -> list[int]:
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    with child(code) as process:
+        out, errors = process.communicate(timeout=60)
+    return subprocess.CompletedProcess([], process.returncode, out, errors)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_the_first_signal_raises_stopped_where_python_is(number: signal.Signals) -> None:
+    done = run(
+        f"""
+try:
+    os.kill(os.getpid(), {number:d})
+    time.sleep(30)
+except Stopped as error:
+    say(f"stopped {{error}} {{error.exit_code}} {{isinstance(error, Exception)}}")
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("stopped asked to stop")
+    assert done.stdout.endswith("143 False\n")
+
+
+def test_nothing_is_asked_before_a_signal_came() -> None:
+    done = run("stopping.stop_if_asked()\nsay(str(stopping.seconds_left()))\n")
+    assert done.stdout == "inf\n"
+
+
+def test_seconds_left_run_down_from_the_grace_period() -> None:
+    done = run(
+        """
+with stopping.deferred():
+    os.kill(os.getpid(), signal.SIGTERM)
+    first = stopping.seconds_left()
+    time.sleep(0.05)
+    second = stopping.seconds_left()
+say(str(0 < second < first <= stopping.GRACE_SECONDS and first - second >= 0.05))
+"""
+    )
+    assert done.stdout == "True\n", done.stderr
+
+
+def test_an_except_that_swallows_everything_delays_the_stop_to_the_next_question() -> None:
+    done = run(
+        """
+for attempt in range(3):
+    try:
+        if not attempt:
+            os.kill(os.getpid(), signal.SIGTERM)
+        stopping.stop_if_asked()
+        say("went on")
+    except:
+        say("swallowed")
+try:
+    stopping.stop_if_asked()
+except Stopped:
+    say("stopped")
+"""
+    )
+    assert done.stdout.split("\n")[:-1] == ["swallowed"] * 3 + ["stopped"], done.stderr
+
+
+def test_a_destructor_that_drops_the_exception_does_not_drop_the_request() -> None:
+    done = run(
+        """
+class Dropping:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(1000):
+            pass
+Dropping()
+say("alive")
+try:
+    stopping.stop_if_asked()
+except Stopped:
+    say("stopped")
+"""
+    )
+    assert done.stdout == "alive\nstopped\n", done.stderr
+    assert "Stopped" in done.stderr  # Python tells of the exception that it dropped
+
+
+def test_a_deferred_stop_waits_for_the_question() -> None:
+    done = run(
+        """
+with stopping.deferred():
+    with stopping.deferred():
+        os.kill(os.getpid(), signal.SIGTERM)
+        for step in range(1000):
+            pass
+        say("inner ended")
+    for step in range(1000):
+        pass
+    say("outer ended")
+    try:
+        stopping.stop_if_asked()
+    except Stopped:
+        say("stopped inside")
+try:
+    stopping.stop_if_asked()
+except Stopped:
+    say("stopped after")
+"""
+    )
+    assert done.stdout.splitlines() == ["inner ended", "outer ended", "stopped inside", "stopped after"], done.stderr
+
+
+def test_after_a_deferral_signals_raise_again() -> None:
+    done = run(
+        """
+with stopping.deferred():
+    pass
+try:
+    with stopping.deferred():
+        raise ValueError
+except ValueError:
+    pass
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+except Stopped:
+    say("stopped")
+"""
+    )
+    assert done.stdout == "stopped\n", done.stderr
+
+
+def test_other_signals_that_python_handles_are_no_request() -> None:
+    done = run(
+        """
+signal.signal(signal.SIGUSR1, lambda *_: say("usr1"))
+for _ in range(3):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.05)
+stopping.stop_if_asked()
+with stopping.deferred():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(0.5)
+    say("alive")
+"""
+    )
+    assert done.stdout.splitlines() == ["usr1"] * 4 + ["alive"], done.stderr
+    assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)],
+    ids=lambda number: number.name,
+)
+def test_a_second_signal_ends_native_code_at_once(first: signal.Signals, second: signal.Signals) -> None:
+    with child(IN_NATIVE_CODE) as process:
+        assert said(process) == "ready"
+        process.send_signal(first)
+        with pytest.raises(subprocess.TimeoutExpired):  # the first waits for what has begun
+            process.wait(1)
+        process.send_signal(second)
+        assert process.wait(AT_ONCE) == 143
+        assert process.stderr is not None
+        assert "asked a second time" in process.stderr.read()
+
+
+def test_a_second_signal_ends_a_loop_that_swallows_the_first() -> None:
+    with child(
+        "say('ready')\nwhile True:\n    try:\n        time.sleep(1)\n    except:\n        say('no')\n"
+    ) as process:
+        assert said(process) == "ready"
+        process.send_signal(signal.SIGTERM)
+        assert said(process) == "no"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(AT_ONCE) == 143
+
+
+def test_a_second_signal_ends_a_deferral() -> None:
+    code = "with stopping.deferred():\n    say('ready')\n    while True:\n        time.sleep(0.01)\n"
+    with child(code) as process:
+        assert said(process) == "ready"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)  # two signals that wait together are one
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(AT_ONCE) == 143
+
+
+def test_native_code_that_outlasts_the_grace_period_is_ended() -> None:
+    code = "stopping.GRACE_SECONDS = 2.0\nstopping.heed()\n" + IN_NATIVE_CODE
+    with child(code, heeds=False) as process:
+        assert said(process) == "ready"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(AT_ONCE) == 143
+        assert process.stderr is not None
+        assert "grace period is over" in process.stderr.read()
+
+
+def test_what_is_to_be_done_at_a_request_is_done_while_native_code_goes_on() -> None:
+    code = "hooked = stopping.when_asked(lambda: say('saved'))\nhooked.__enter__()\n" + IN_NATIVE_CODE
+    with child(code) as process:
+        assert said(process) == "ready"
+        process.send_signal(signal.SIGTERM)
+        assert said(process) == "saved"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(AT_ONCE) == 143
+
+
+def test_what_was_to_be_done_at_a_request_is_not_once_its_block_was_left() -> None:
+    done = run(
+        """
+with stopping.when_asked(lambda: say("too late")):
+    pass
+with stopping.deferred(), stopping.when_asked(lambda: say("in time")):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+"""
+    )
+    assert done.stdout == "in time\n", done.stderr
+
+
+def test_the_grace_period_ends_before_the_platforms_kill() -> None:
+    done = run("say(str(stopping.GRACE_SECONDS))")
+    assert float(done.stdout) == 25
+
+
+def _new_pid_namespace() -> list[str]:
+    return ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
+
+
+@pytest.mark.skipif(
+    subprocess.run([*_new_pid_namespace(), "true"], capture_output=True, check=False).returncode != 0,
+    reason="this account cannot make a PID namespace (unshare --pid)",
+)
+def test_a_process_with_pid_1_ends_at_the_second_signal_too() -> None:
+    with child("say(str(os.getpid()))\n" + IN_NATIVE_CODE, _new_pid_namespace()) as process:
+        assert said(process) == "1"
+        assert said(process) == "ready"
+        (inner,) = children_of(process.pid)
+        os.kill(inner, signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        os.kill(inner, signal.SIGTERM)
+        assert process.wait(AT_ONCE) == 143
+
+
+@pytest.mark.skipif(
+    subprocess.run([*_new_pid_namespace(), "true"], capture_output=True, check=False).returncode != 0,
+    reason="this account cannot make a PID namespace (unshare --pid)",
+)
+def test_a_process_with_pid_1_ends_with_the_grace_period() -> None:
+    code = "stopping.GRACE_SECONDS = 2.0\nstopping.heed()\nsay(str(os.getpid()))\n" + IN_NATIVE_CODE
+    with child(code, _new_pid_namespace(), heeds=False) as process:
+        assert said(process) == "1"
+        assert said(process) == "ready"
+        (inner,) = children_of(process.pid)
+        os.kill(inner, signal.SIGTERM)
+        assert process.wait(AT_ONCE) == 143
