@@ -141,8 +141,8 @@ def start(log_format: str, stream: TextIO | None = None) -> Console:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("job").setLevel(logging.INFO)
     logging.captureWarnings(capture=True)
-    # notices of TensorFlow's and TFDS's own deprecations, and of each try for credentials, of which the job tells itself:
-    # nothing that a user of the job could act on
+    # notices of TensorFlow's and TFDS's own deprecations, nothing that a user of the job could act on; and of each try
+    # for credentials, of which the job tells itself
     for library in ("absl", "google.auth", "tensorflow", "urllib3"):
         logging.getLogger(library).setLevel(logging.ERROR)
     return console

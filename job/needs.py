@@ -21,10 +21,11 @@ from job.features import INFERENCE_BATCH
 
 # Python, TensorFlow, Keras and TFDS, once they have decoded photos and written a SavedModel of next to nothing. Their
 # code, another 400 MB, is not counted: it is read from files again where memory is short.
-_PROCESS = 550 * 10**6
+_PROCESS = 580 * 10**6
 # With a GPU, its driver and the compiler of kernels come to it.
 _PROCESS_WITH_GPU = 2500 * 10**6
-# Of each operation of the network: its forward and backward pass as graphs.
+# Of each operation of the network: its forward and backward pass as graphs. (The pretrained network's come after the
+# random one's have gone, or take little beside them.)
 _PER_OPERATION = 10**6
 # Ids and digests of an example, as Python keeps them.
 _PER_EXAMPLE = 250
@@ -32,6 +33,8 @@ _PER_EXAMPLE = 250
 _PASSES = 2
 # Pooled rows are held in memory where they take at most this part of it (``features.Features``).
 _HELD_SHARE = 8
+# Copies of a grouped convolution's patches in a training step: forward, backward, and layers that overlap.
+_GROUPED_STEP = 3
 # Optimizer slots of a variable.
 _SLOTS = {"adam": 2, "adamw": 2, "rmsprop": 1, "sgd": 1}
 # A SavedModel beside its variables.
@@ -121,9 +124,29 @@ def memory(
     *,
     gpu: bool = False,
 ) -> Memory:
-    """Return the memory that a run takes; it may be some percent less, and hardly more.
+    """Return the memory that a run takes.
 
-    Resident memory of whole runs at their peak, estimated and measured, in MB, on two cores:
+    On a CPU, the estimate was 3 to 25% above what whole runs held in memory of their own at most, in MB (two cores,
+    Adam; scratch where no arm is named):
+
+    ==========================  =====  =====  ========  ========
+    network                     image  batch  measured  estimate
+    ==========================  =====  =====  ========  ========
+    MobileNet                      32     16       681       851
+    MobileNetV2, frozen           160     32       939      1086
+    MobileNetV2, fine_tune        160    128      1234      1442
+    MobileNetV2, all arms         160     32      1826      1960
+    MobileNetV2                   160     64      2906      3037
+    MobileNetV2, fine_tune all    160    128      4981      5230
+    VGG16                          96     16      1454      1666
+    EfficientNetB0                128     32      1949      2014
+    DenseNet121                   128     16      1931      2071
+    ResNet50                      160     16      2506      2702
+    ConvNeXtTiny                   96      8      2649      2816
+    ==========================  =====  =====  ========  ========
+
+    A limit must also leave some 100 MB for the code in use: the run that held 2906 MB needed 206 s in a control group
+    of 3050 MB, and in one of 2900 MB it made no progress.
 
     Args:
         backbone: the network; only its shapes are looked at, so its variables may have no values yet.
@@ -144,22 +167,24 @@ def memory(
                 continue
             first = 0 if phase.trains is Part.ALL else first_trainable
             trained = _bytes_of_weights(backbone.layers[first:])
-            # flat copy, slots and their initial values; a gradient and its temporaries
-            copies = (4 + 2 * slots) * trained + (0 if ARMS[arm].pretrained else everything)
+            # a flat copy, slots and their initial values, a gradient, and its temporaries; and a checkpoint being saved
+            copies = (3 + 2 * slots) * trained + everything + slots * trained
+            if not ARMS[arm].pretrained:
+                copies += everything
             fixed = max(fixed, copies)
             part = operations[operations.index(backbone.layers[first]) :]
-            per_image = max(per_image, _kept_for_gradients(part) + _live(backbone, part) // 2)
+            widest = _live(backbone, part) // 2 + _GROUPED_STEP * _patches(part)
+            per_image = max(per_image, _kept_for_gradients(part) + widest)
     pooled = 4 * backbone.output_shape[-1] if any(ARMS[arm].pretrained for arm in phases) else 0
     # once while their deviation is taken; and where they are held, as rows and as a tensor
     pooled *= 3 if examples * pooled <= limit // _HELD_SHARE else 1
-    networks = len({ARMS[arm].pretrained for arm in phases})
-    fixed += 2 * everything + networks * _PER_OPERATION * len(operations)
+    fixed += 2 * everything + _PER_OPERATION * len(operations)
     return Memory(
         fixed=fixed + (_PROCESS_WITH_GPU if gpu else _PROCESS),
         rows=examples * (_PER_EXAMPLE + pooled),
         per_image=0 if gpu else per_image,
         batch=batch,
-        forward=0 if gpu else _PASSES * INFERENCE_BATCH * _live(backbone, operations),
+        forward=0 if gpu else _PASSES * INFERENCE_BATCH * (_live(backbone, operations) + _patches(operations) // 2),
         limit=limit,
     )
 
@@ -199,6 +224,15 @@ def _kept_for_gradients(operations: Sequence[Any]) -> int:
             # between its two convolutions: the positions of the one, the channels of the other
             composed += _bytes(outputs[0]) // outputs[0].shape[-1] * inputs_of(operation)[0].shape[-1]
     return sum(kept.values()) + composed
+
+
+def _patches(operations: Sequence[Any]) -> int:
+    """Return the bytes of the patches of one example in the largest convolution of groups.
+
+    ConvNeXt writes its depthwise convolutions so, and TensorFlow computes them on a CPU by copying all patches.
+    """
+    grouped = (op for op in operations if isinstance(op, keras.layers.Conv2D) and op.groups > 1)
+    return max((math.prod(op.kernel_size) * _bytes(inputs_of(op)[0]) for op in grouped), default=0)
 
 
 def _live(backbone: keras.Model, part: Sequence[Any]) -> int:

@@ -78,7 +78,7 @@ def make(settings: Settings, machine: Runtime, folder: Path) -> Plan:
         problems.extend(error.problems)
     try:
         outline = _outline(settings)
-        # the batch is held against the memory when it is known how many examples there are
+        # before anything large is built; the batch follows when it is known how many examples there are
         _check_memory(_memory(settings, machine, *outline, 2, 0))
         model = _load_backbone(settings, folder)
     except ConfigError as error:
@@ -107,11 +107,16 @@ def make(settings: Settings, machine: Runtime, folder: Path) -> Plan:
     examples = {name: split.examples for name, split in source.splits.items()}
     batch = min(settings.training.batch_size, max(2, examples["train"]))
     memory = _memory(settings, machine, backbone, first_trainable, batch, sum(examples.values()))
-    disk = _disk(settings, folder, source, backbone, cut, kept, (store, checkpoints))
+    disk = _disk(settings, folder, source, backbone, cut, kept, (store, checkpoints, places.model))
     if publishing.read_manifest(store) is None:
         _check_memory(memory)
         if problems := needs.disk_problems(disk):
             raise ConfigError(problems)
+        if memory.is_tight:
+            logger.warning(
+                "the run takes about %s of the %s of memory that it may use: if it is killed, give a smaller "
+                "TRANSFER_BATCH_SIZE, or more memory", needs.gigabytes(memory.needed), needs.gigabytes(memory.limit),
+            )  # fmt: skip
     return Plan(
         settings, machine, source, BACKBONES[settings.model.backbone], backbone, first_trainable, cut, loaded,
         mark, run_id, store, checkpoints, places.model, memory, disk,
@@ -149,11 +154,6 @@ def _memory(
 def _check_memory(memory: needs.Memory) -> None:
     if (problem := memory.problem()) is not None:
         raise ConfigError([problem])
-    if memory.is_tight:
-        logger.warning(
-            "the run may take %s of the %s of memory that it may use: if it is killed, give a smaller "
-            "TRANSFER_BATCH_SIZE, or more memory", needs.gigabytes(memory.needed), needs.gigabytes(memory.limit),
-        )  # fmt: skip
 
 
 def _kept_rows(settings: Settings, folder: Path, key: dict[str, Any]) -> dict[tuple[str, str], int]:
@@ -162,7 +162,7 @@ def _kept_rows(settings: Settings, folder: Path, key: dict[str, Any]) -> dict[tu
 
 def _disk(
     settings: Settings, folder: Path, source: data.Source, backbone: keras.Model, cut: cuts.Candidate,
-    kept: dict[tuple[str, str], int], stores: tuple[Store, Store],
+    kept: dict[tuple[str, str], int], stores: tuple[Store, Store, Store | None],
 ) -> tuple[needs.Space, ...]:  # fmt: skip
     """Return what is written to local disks. The first place is the scratch space."""
     training = settings.training
@@ -184,13 +184,13 @@ def _disk(
         needs.Space(scratch, folder, rows, "rows of frozen layers"),
         needs.Space(scratch, folder, needs.COPIES_IN_SCRATCH * model, "a model and a checkpoint"),
     ]
-    store, checkpoints = stores
-    if isinstance(store, LocalStore):
-        # finished results are stored first, and copied to their places when all are
-        places.append(needs.Space(store.variable, Path(store.uri), 2 * results * model, "the published models"))
-    if isinstance(checkpoints, LocalStore):
-        size = needs.COPIES_IN_CHECKPOINTS * model
-        places.append(needs.Space(checkpoints.variable, Path(checkpoints.uri), size, "checkpoints"))
+    # finished results are stored first, and copied to their places when all are
+    published = 2 * results * model
+    there = sum(stored.bytes for stored in stores[0].list().values()) if isinstance(stores[0], LocalStore) else 0
+    sizes = max(0, published - there), needs.COPIES_IN_CHECKPOINTS * model, model
+    for store, size, what in zip(stores, sizes, ("models", "checkpoints", "the best model"), strict=True):
+        if isinstance(store, LocalStore):
+            places.append(needs.Space(store.variable, Path(store.uri), size, what))
     return tuple(places)
 
 
@@ -231,7 +231,8 @@ class _Places:
     def checkpoints_of(self, run_id: str) -> Store:
         if self.checkpoints is None:
             return self.output.child(run_id).child("checkpoints")
-        return self.checkpoints.child(run_id)
+        # not the run's own name: what lies there is removed, and the place may be that of the runs
+        return self.checkpoints.child(f"{run_id}.checkpoints")
 
 
 def _open_places(settings: Settings) -> _Places:

@@ -253,7 +253,8 @@ def test_a_finished_result_that_was_damaged_is_trained_again(
     messages = [line["message"] for line in done.lines]
     assert not any(message.startswith("scratch:") and "finished before" in message for message in messages)
     assert any(message.startswith("frozen:") and "finished before" in message for message in messages)
-    assert any("not used" in line["message"] for line in done.lines if line["severity"] == "WARNING"), messages
+    warnings = [line["message"] for line in done.lines if line["severity"] == "WARNING"]
+    assert any("scratch-fraction-1-seed-0 is trained again" in message for message in warnings), warnings
     run = run_folder(tmp_path / "output")
     assert_same(run, expected.folder)
     assert run_job({}, "verify", str(run)).code == 0

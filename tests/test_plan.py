@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +66,18 @@ def test_it_leaves_nothing_behind(planned: tuple[dict[str, Any], Path]) -> None:
 
 def test_people_get_a_table(small: dict[str, str], tmp_path: Path) -> None:
     changes = {"TRANSFER_LOG_FORMAT": "text", "TRANSFER_ARMS": "frozen", "TRANSFER_OUTPUT_URI": str(tmp_path / "out")}
+    # the platform's place is not used where one is asked for
+    changes |= {"AIP_CHECKPOINT_DIR": str(tmp_path / "vertex"), "TRANSFER_CHECKPOINT_URI": str(tmp_path / "mine")}
     done = run_job(small | changes, "plan")
     assert done.code == 0, done.errors
-    for told in ("72 train, 24 validation, 24 test", "matrix product and convolution computed", "time in all"):
+    for told in (
+        "72 train, 24 validation, 24 test", "matrix product and convolution computed", "time in all",
+        f"{tmp_path / 'mine'}/pets-MobileNet-",
+    ):  # fmt: skip
         assert told in done.errors
     assert "fine_tune trains from" not in done.errors
+    assert "cost" not in done.errors
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_published_run_would_take_no_time(small: dict[str, str], published: Published) -> None:
@@ -126,21 +132,8 @@ def test_a_place_for_checkpoints_that_cannot_be_written_is_refused_by_name(
     assert "file/below" in problem["message"]
 
 
-def test_checkpoints_lie_where_they_are_wanted(small: dict[str, str], tmp_path: Path) -> None:
-    changes = {"TRANSFER_ARMS": "frozen", "TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
-    changes |= {"AIP_CHECKPOINT_DIR": str(tmp_path / "vertex"), "TRANSFER_CHECKPOINT_URI": str(tmp_path / "mine")}
-    plan = found(run_job(small | changes, "plan"))
-    assert plan["checkpoints"] == str(tmp_path / "mine" / plan["run_id"])
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("seconds", "told"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (12_000, "3 h 20 min")]
 )
 def test_durations_are_told_for_people(seconds: float, told: str) -> None:
     assert duration(seconds) == told
-
-
-def test_what_is_found_is_json(planned: tuple[dict[str, Any], Path]) -> None:
-    plan, _ = planned
-    assert json.loads(json.dumps(plan)) == plan
