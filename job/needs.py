@@ -322,4 +322,6 @@ def bytes_of_model(backbone: keras.Model) -> int:
 
 def gigabytes(size: int) -> str:
     """Return a number of bytes for people."""
-    return f"{size / 1e9:,.1f} GB" if size >= 10**9 else f"{size / 1e6:,.0f} MB"
+    if size < 10**9:
+        return f"{size / 1e6:,.0f} MB"
+    return f"{size / 1e9:,.{1 if size >= 10**10 else 2}f} GB"

@@ -89,7 +89,7 @@ def test_the_largest_batch_that_fits_is_named() -> None:
     problem = replace(NEEDS, limit=5 * GB).problem()
     assert problem is not None
     assert problem.variable == "TRANSFER_BATCH_SIZE"
-    assert "needs about 8.0 GB of memory, and 5.0 GB may be used" in problem.message
+    assert "needs about 8.00 GB of memory, and 5.00 GB may be used" in problem.message
     assert "Give at most 50" in problem.message
     assert replace(NEEDS, limit=5 * GB, batch=50).problem() is None
 
@@ -102,7 +102,7 @@ def test_where_no_batch_fits_images_or_network_are_named(limit: float, variable:
     problem = replace(NEEDS, limit=int(limit)).problem()
     assert problem is not None
     assert problem.variable == variable
-    assert f"{limit / GB:.1f} GB may be used" in problem.message
+    assert f"{limit / GB:.2f} GB may be used" in problem.message
 
 
 def test_what_is_written_to_one_disk_is_added_up(tmp_path: Path) -> None:

@@ -249,7 +249,14 @@ def private_server(tmp_path: Path) -> Iterator[str]:
         yield url
 
 
-@pytest.mark.parametrize("status", [None, 403, 400], ids=["unsteady", "forbidden", "bad request"])
+@pytest.mark.parametrize(
+    "status",
+    [
+        pytest.param(None, id="unsteady"),
+        pytest.param(403, id="forbidden"),
+        pytest.param(400, id="bad request", marks=pytest.mark.slow),
+    ],
+)
 def test_storage_errors_hold_no_secret(
     secretive: dict[str, str], private_server: str, tmp_path: Path, status: int | None
 ) -> None:

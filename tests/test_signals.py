@@ -141,6 +141,7 @@ def test_a_run_stopped_at_every_stage_of_every_arm_publishes_the_same(
     subprocess.run([*PID_1, "true"], capture_output=True, check=False).returncode != 0,
     reason="this account cannot make a PID namespace (unshare --pid)",
 )
+@pytest.mark.slow
 def test_a_job_with_pid_1_stops_too(expected: Undisturbed, tmp_path: Path) -> None:
     environment = expected.environment | {"TRANSFER_OUTPUT_URI": str(tmp_path), "TRANSFER_ARMS": "scratch"}
     stop = ended(environment, Moment("begins", "scratch 1"), moments(["scratch 1"]), TERM, before=PID_1)
