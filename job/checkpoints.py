@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -150,7 +151,7 @@ class Checkpoints:
                     f"instead of {self._fingerprint[:12]})"
                 )
             progress = TypeAdapter(Progress).validate_python(record["progress"])
-        except (ValueError, KeyError, TypeError, OSError, EOFError) as error:
+        except (ValueError, KeyError, TypeError, OSError, EOFError, BadZipFile) as error:
             raise _UnusableError(f"it is no checkpoint ({type(error).__name__})") from error
         finally:
             self._file.unlink(missing_ok=True)

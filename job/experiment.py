@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +13,13 @@ from pathlib import Path
 import keras
 import numpy as np
 import numpy.typing as npt
+import tensorflow as tf
 
 from job import backbones, export, manifest
 from job.arms import ARMS, Arm, Part, Recipe
 from job.checkpoints import Checkpoints
 from job.console import Console
+from job.errors import ConfigError
 from job.evaluation import Predictions, predict
 from job.features import Computed, Features, mean_and_deviation
 from job.model import Classifier, Head
@@ -208,9 +212,16 @@ class Experiment:
 
     def _export(self, classifier: Classifier, test: Predictions, target: Path) -> float:
         """Write the SavedModel and the predictions; return by how much the reloaded model differs from ``test``."""
-        self._exporter.export(classifier, target / "saved_model")
-        difference = export.prove(target / "saved_model", self._pixels["test"].values, test)
-        (target / "predictions.csv").write_text(test.to_csv(self._classes), encoding="utf-8")
+        try:
+            self._exporter.export(classifier, target / "saved_model")
+            difference = export.prove(target / "saved_model", self._pixels["test"].values, test)
+            (target / "predictions.csv").write_text(test.to_csv(self._classes), encoding="utf-8")
+        except (OSError, tf.errors.OpError) as error:
+            if os.strerror(errno.ENOSPC) not in str(error):  # which is all that TensorFlow's errors say of it
+                raise
+            raise ConfigError.of(
+                "TRANSFER_CACHE_DIR", f"the disk ran full while a SavedModel was written to {target}; give a larger one"
+            ) from error
         return difference
 
 

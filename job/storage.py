@@ -53,9 +53,9 @@ _GOOGLE = "https://storage.googleapis.com"
 
 
 def public_uri(uri: str) -> str:
-    """Return ``uri`` without user, password, query and fragment, fit for logs. A plain path is returned unchanged."""
+    """Return ``uri`` without user, password, query and fragment, fit for logs; a plain path without a signed query."""
     if "://" not in uri:
-        return uri
+        return uri.partition("?")[0] if re.search(r"\?.*=", uri) else uri
     scheme, location, path, _, _ = urlsplit(uri)
     return urlunsplit((scheme, location.rpartition("@")[2], path, "", ""))
 

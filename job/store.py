@@ -300,15 +300,15 @@ def appearing(target: Path, commit: Callable[[Path, Path], None]) -> Iterator[Bi
             yield file
             file.flush()
             os.fsync(file.fileno())
-        commit(temporary, target)
+            commit(temporary, target)  # as long as it is open, nobody takes it for a killed writer's
     finally:
         temporary.unlink(missing_ok=True)
-    descriptor = os.open(target.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems have no fsync for folders: the name is safe without it
+    with suppress(OSError):  # some network file systems have no fsync for folders: the name is safe without it
+        descriptor = os.open(target.parent, os.O_RDONLY)
+        try:
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _open_new(path: Path) -> BinaryIO:

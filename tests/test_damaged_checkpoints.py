@@ -129,6 +129,7 @@ def test_newer_ones_with_any_bit_flipped_or_cut_short_are_passed_over_for_the_on
     assert result["resumed"] == 1
 
 
+@pytest.mark.slow
 def test_when_none_can_be_used_the_result_is_trained_anew(
     interrupted: Interrupted, expected: Undisturbed, tmp_path: Path
 ) -> None:
@@ -163,6 +164,7 @@ def renamed(name: str, step: int, content: bytes) -> str:
     return changed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_settings_is_not_used(
     interrupted: Interrupted, expected: Undisturbed, tmp_path: Path
 ) -> None:
@@ -192,6 +194,7 @@ def test_a_checkpoint_of_other_settings_is_not_used(
 
 
 @pytest.mark.parametrize("place", ["empty", pytest.param("absent", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_folder_without_checkpoints_is_a_beginning(
     interrupted: Interrupted, expected: Undisturbed, tmp_path: Path, place: str
 ) -> None:

@@ -493,13 +493,6 @@ def test_a_record_file_that_is_missing_is_refused(tmp_path: Path) -> None:
         read_splits(source, 8, tmp_path, 0.0)
 
 
-def test_rows_that_do_not_fit_on_the_disk_are_refused_before_anything_is_written(photos: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read_splits(open_with(photos), 2_000_000, tmp_path, 0.0)
-    assert [problem.variable for problem in caught.value.problems] == ["TRANSFER_CACHE_DIR"]
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_what_the_progress_callback_raises_ends_the_reading(photos: Path, tmp_path: Path) -> None:
     def stop(done: int, total: int) -> None:
         if done == total // 2:

@@ -132,6 +132,7 @@ def test_an_output_folder_that_becomes_read_only_is_named(frozen: dict[str, str]
     assert_completes(frozen)
 
 
+@pytest.mark.slow
 def test_an_output_folder_that_is_replaced_by_a_file_is_named(frozen: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "output"
     with started(frozen) as running:

@@ -64,6 +64,7 @@ def test_it_leaves_nothing_behind(planned: tuple[dict[str, Any], Path]) -> None:
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_people_get_a_table(small: dict[str, str], tmp_path: Path) -> None:
     changes = {"TRANSFER_LOG_FORMAT": "text", "TRANSFER_ARMS": "frozen", "TRANSFER_OUTPUT_URI": str(tmp_path / "out")}
     # the platform's place is not used where one is asked for

@@ -252,8 +252,8 @@ def private_server(tmp_path: Path) -> Iterator[str]:
 @pytest.mark.parametrize(
     "status",
     [
-        pytest.param(None, id="unsteady"),
-        pytest.param(403, id="forbidden"),
+        pytest.param(None, id="unsteady", marks=pytest.mark.slow),
+        pytest.param(403, id="forbidden", marks=pytest.mark.slow),
         pytest.param(400, id="bad request", marks=pytest.mark.slow),
     ],
 )

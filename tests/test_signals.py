@@ -36,7 +36,6 @@ PID_1 = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
 STOPS: list[tuple[Moment, float, signal.Signals]] = [
     (Moment("start-up"), 0.0, TERM),
     (Moment("start-up"), 1.5, INT),
-    (Moment("plan"), 0.2, TERM),
     (Moment("decoding"), 0.3, TERM),
     (Moment("begins", "scratch 1"), 0.7, TERM),
     (Moment("training", "scratch 1"), 1.0, TERM),
@@ -90,6 +89,7 @@ def assert_nothing_was_lost(processes: Sequence[Finished]) -> None:
     assert saved, "nothing was ever saved"
 
 
+@pytest.mark.slow
 def test_a_run_stopped_at_every_stage_loses_nothing_and_publishes_the_same(
     expected: Undisturbed, tmp_path: Path
 ) -> None:
