@@ -286,7 +286,7 @@ def _load_backbone(settings: Settings, folder: Path) -> tuple[keras.Model, backb
     loaded = backbones.load_weights(
         backbone, row, model.image_size, weights, _package_cache(home, folder), model.weights_sha256, home
     )
-    if weights != model.weights:
+    if model.weights != "imagenet":
         loaded = replace(loaded, source=storage.public_uri(model.weights))
     for note in loaded.notes:
         logger.warning("%s", note)
