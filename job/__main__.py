@@ -98,4 +98,8 @@ def _guarded(work: Callable[[], int]) -> int:
 
 if __name__ == "__main__":
     stopping.heed()
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except Stopped:
+        code = Stopped.exit_code
+    stopping.leave(code)

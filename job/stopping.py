@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Final
+from typing import Final, NoReturn
 
 from job.errors import Stopped
 
@@ -22,7 +23,7 @@ GRACE_SECONDS: Final = 25.0
 _MARGIN_SECONDS = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-__all__ = ["GRACE_SECONDS", "Stopped", "deferred", "heed", "seconds_left", "stop_if_asked", "when_asked"]
+__all__ = ["GRACE_SECONDS", "Stopped", "deferred", "heed", "leave", "seconds_left", "stop_if_asked", "when_asked"]
 
 _asked = threading.Event()
 _asked_at = 0.0
@@ -81,6 +82,20 @@ def _end(why: str) -> None:
     with contextlib.suppress(OSError):
         os.write(2, f"{why}: ended without saving more\n".encode())
     os._exit(Stopped.exit_code)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with ``code``, whatever is asked of it meanwhile.
+
+    While the interpreter takes itself down, which takes TensorFlow a while, it gives signals back to the system: a
+    SIGTERM then ended a job that had published as if it had been killed.
+    """
+    global _deferrals
+    _deferrals += 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+            stream.flush()
+    os._exit(code)
 
 
 def stop_if_asked() -> None:
