@@ -234,11 +234,13 @@ def test_a_second_signal_ends_native_code_at_once(first: signal.Signals, second:
 
 def test_a_second_signal_ends_a_loop_that_swallows_the_first() -> None:
     with child(
-        "say('ready')\nwhile True:\n    try:\n        time.sleep(1)\n    except:\n        say('no')\n"
+        "words = ['ready']\nwhile True:\n    try:\n        while words:\n            say(words.pop())\n"
+        "        time.sleep(60)\n    except:\n        say('no')\n"
     ) as process:
         assert said(process) == "ready"
         process.send_signal(signal.SIGTERM)
         assert said(process) == "no"
+        time.sleep(0.5)  # until it sleeps again: outside the try, the exception would end it
         process.send_signal(signal.SIGTERM)
         assert process.wait(AT_ONCE) == 143
 
