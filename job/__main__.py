@@ -97,9 +97,10 @@ def _guarded(work: Callable[[], int]) -> int:
 
 
 if __name__ == "__main__":
-    stopping.heed()
     try:
+        stopping.heed()
         code = main(sys.argv[1:])
-    except Stopped:
-        code = Stopped.exit_code
+    except Stopped as stop:  # before or after all that main guards
+        sys.stderr.write(f"{stop}\n")
+        code = stop.exit_code
     stopping.leave(code)

@@ -14,6 +14,7 @@ final place before it is decided who publishes what:
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import posixpath
 import uuid
@@ -156,6 +157,20 @@ def _taken(store: Store, reason: str) -> ConfigError:
     return ConfigError.of("TRANSFER_RUN_ID", f"{reason}; give another id, or delete {store.uri}")
 
 
+def _sealed(record: Record) -> bytes:
+    """Return a record with its SHA-256 before it: one changed bit in a figure would be published otherwise."""
+    content = record.model_dump_json().encode()
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def _opened(sealed: bytes) -> bytes:
+    """Return the record of :func:`_sealed`. ValueError where it has changed."""
+    digest, _, content = sealed.partition(b"\n")
+    if hashlib.sha256(content).hexdigest().encode() != digest:
+        raise ValueError("the record is damaged")
+    return content
+
+
 class Pending:
     """The finished results of a run that is not published yet."""
 
@@ -171,7 +186,7 @@ class Pending:
         if data is None:
             return None
         try:
-            found = Finished.model_validate_json(data)
+            found = Finished.model_validate_json(_opened(data))
             if found.fingerprint != self._fingerprint:
                 raise ValueError(found.fingerprint)
         except ValueError:  # of JSON and of pydantic too
@@ -190,7 +205,7 @@ class Pending:
         finished = Finished(
             fingerprint=self._fingerprint, result=result, correct=correct, place=place, artifacts=tuple(artifacts)
         )
-        self._store.put_bytes(self._record(name), finished.model_dump_json().encode())
+        self._store.put_bytes(self._record(name), _sealed(finished))
         return finished
 
     def add_files(self, folder: Path) -> tuple[str, list[Artifact]]:
@@ -222,7 +237,7 @@ def commit(
     mine = _Commit(manifest=manifest, stored=stored, best=best if model_store else None)
     pending = store.child(PENDING)
     for _ in range(_ATTEMPTS):
-        is_mine = pending.create(_COMMIT, mine.model_dump_json().encode())
+        is_mine = pending.create(_COMMIT, _sealed(mine))
         decided = mine if is_mine else _decided(store, manifest.fingerprint)
         # looked for only now: whoever published before has removed its commit, after its manifest was there
         if existing(store, manifest.fingerprint):
@@ -266,8 +281,8 @@ def _decided(store: Store, fingerprint: str) -> _Commit | None:
     if data is None:
         return None
     try:
-        decided = _Commit.model_validate_json(data)
-    except ValidationError:
+        decided = _Commit.model_validate_json(_opened(data))
+    except ValueError:
         logger.warning("%s/%s is damaged: it is removed", pending.uri, _COMMIT)
         pending.delete(_COMMIT)
         return None
