@@ -66,22 +66,45 @@ class Splits(Record):
     test: Split
 
 
+class Example(Record):
+    """One example of the data set."""
+
+    split: Literal["train", "validation", "test"]
+    example_id: str
+
+
+class Duplicate(Record):
+    """Examples of more than one split that show the same photo: byte for byte (exact), or encoded anew (near)."""
+
+    kind: Literal["exact", "near"]
+    examples: tuple[Example, ...]
+
+
 class Dataset(Record):
-    """The data set. ``duplicates_across_splits`` counts distinct encoded images found in more than one split."""
+    """The data set.
+
+    duplicates_across_splits: distinct photos that lie in more than one split; ``duplicates`` lists them, the first
+    1,000 if there are more. licence, citation and homepage: as the data set states them, null where it does not.
+    """
 
     name: str
     version: str
     classes: tuple[str, ...]
     skipped_examples: Count
     duplicates_across_splits: Count
+    duplicates: tuple[Duplicate, ...] = ()
     splits: Splits
+    licence: str | None = None
+    citation: str | None = None
+    homepage: str | None = None
 
 
 class Weights(Record):
-    """The weights file that was loaded: where it came from, and its hash."""
+    """The weights file that was loaded: where it came from, its hash, and its licence where that is known."""
 
     source: str
     sha256: Sha256
+    licence: str | None = None
 
 
 class Backbone(Record):
@@ -127,12 +150,21 @@ class ClassMetrics(Record):
     support: Count
 
 
+class Bin(Record):
+    """Examples whose top probability lies in one of the equal-width bins: their mean top probability and accuracy."""
+
+    examples: Annotated[int, Field(ge=1)]
+    confidence: Share
+    accuracy: Share
+
+
 class SplitMetrics(Record):
     """Metrics of one result on one split, each example counted once.
 
     accuracy_interval: 95% Wilson score interval. auc: area under the ROC curve, averaged one-vs-rest over classes,
     null where a class is absent. calibration_error: expected calibration error over 15 equal-width bins.
-    confusion: counts, rows true classes, columns predicted classes.
+    reliability: those of the bins that have examples, ascending. confusion: counts, rows true classes, columns
+    predicted classes.
     """
 
     examples: Count
@@ -141,6 +173,7 @@ class SplitMetrics(Record):
     accuracy_interval: tuple[Share, Share]
     auc: Share | None
     calibration_error: Share
+    reliability: tuple[Bin, ...] = ()
     confusion: tuple[tuple[Count, ...], ...]
     per_class: tuple[ClassMetrics, ...]
 
@@ -183,8 +216,23 @@ class RowsRead(Record):
     kept: Literal["memory", "disk", "no"]
 
 
+class Wrong(Record):
+    """A test example that a model got wrong: the names of its class and of the predicted one, and their probabilities."""
+
+    example_id: str
+    label: str
+    predicted: str
+    label_probability: Share
+    predicted_probability: Share
+
+
 class Result(Record):
-    """One (arm, train_fraction, seed). examples_per_second: in the last phase's training steps, but for the first."""
+    """One (arm, train_fraction, seed).
+
+    most_wrong: the test examples with the highest losses among those it got wrong, at most 12, the highest first.
+    examples_per_second: in the last phase's training steps, but for the first. energy_joules: of the devices while it was
+    trained, evaluated and exported; absent where they do not tell.
+    """
 
     arm: str
     train_fraction: Annotated[float, Field(gt=0, le=1)]
@@ -195,24 +243,47 @@ class Result(Record):
     history: tuple[Epoch, ...]
     metrics: Metrics
     batch_norm: BatchNorm | None = None
+    most_wrong: tuple[Wrong, ...] = ()
     rows: RowsRead
     seconds: Durations
     examples_per_second: Annotated[float, Field(ge=0)]
+    energy_joules: Annotated[float, Field(ge=0)] | None = None
     cost: Annotated[float, Field(ge=0)] | None = None
     saved_model: str
 
     @model_serializer(mode="wrap")
     def _leave_out_what_does_not_apply(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
-        return {
-            name: value for name, value in fields.items() if name not in ("batch_norm", "cost") or value is not None
-        }
+        optional = ("batch_norm", "energy_joules", "cost")
+        return {name: value for name, value in fields.items() if name not in optional or value is not None}
+
+
+class Summary(Record):
+    """All seeds of one (arm, train_fraction).
+
+    train_examples: of each seed. test_accuracy: their mean, with a 95% interval that ``method`` names. seconds and cost:
+    mean of a result.
+    """
+
+    arm: str
+    train_fraction: Annotated[float, Field(gt=0, le=1)]
+    train_examples: Count
+    seeds: tuple[Count, ...]
+    test_accuracy: Share
+    interval: tuple[Share, Share]
+    method: str
+    seconds: Seconds
+    cost: Annotated[float, Field(ge=0)] | None = None
 
 
 class Comparison(Record):
-    """Two arms on the same test examples. ``difference`` is better minus worse, in test accuracy."""
+    """Two arms on the same test examples. ``difference`` is better minus worse, in test accuracy.
+
+    seeds: those whose models are compared; one where a single model of each arm is.
+    """
 
     train_fraction: float
+    seeds: tuple[Count, ...] = ()
     better: str
     worse: str
     difference: float
@@ -232,7 +303,7 @@ class Artifact(Record):
 
 
 class Manifest(Record):
-    """A published run."""
+    """A published run. ``verdict`` is its answer in one to three sentences."""
 
     schema_version: Literal["1.0"]
     run_id: str
@@ -243,6 +314,8 @@ class Manifest(Record):
     dataset: Dataset
     backbone: Backbone
     results: tuple[Result, ...]
+    summaries: tuple[Summary, ...] = ()
+    verdict: str = ""
     comparisons: tuple[Comparison, ...]
     artifacts: tuple[Artifact, ...]
 
