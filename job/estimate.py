@@ -14,17 +14,18 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from job import data, export, needs, planning, publishing
+from job import data, export, needs, publishing
 from job.arms import ARMS, Part
 from job.console import Console
-from job.cuts import POOLED
+from job.cuts import PIXELS, POOLED
 from job.errors import ConfigError
 from job.evaluation import predict
 from job.experiment import Experiment
 from job.features import INFERENCE_BATCH, run_over
-from job.planning import Plan, train_examples
+from job.planning import Plan
 from job.rows import Rows, RowValues
-from job.steps import VALIDATION_CALIBRATION_ROWS, Stage
+from job.stages import Stage
+from job.steps import VALIDATION_CALIBRATION_ROWS
 from job.training import Trainer
 
 # Photos that are decoded to measure with; a pass without gradients is timed over so many.
@@ -51,12 +52,58 @@ def report(plan: Plan, folder: Path) -> dict[str, Any]:
     """
     published = publishing.existing(plan.store, plan.fingerprint)
     seconds = {"total": 0.0} if published else _seconds(plan, folder)
-    found = planning.facts(plan) | {
+    found = _facts(plan) | {
         "published": published,
         "seconds": {name: round(s, 2) for name, s in seconds.items()},
     }
     price = plan.settings.output.cost_per_hour
     return found if price is None else found | {"cost": round(seconds["total"] / 3600 * price, 4)}
+
+
+def _facts(plan: Plan) -> dict[str, Any]:
+    """Return what is known of a run without measuring, as JSON values: sizes in bytes, ``steps`` of each arm in all."""
+    settings, source, machine = plan.settings, plan.source, plan.runtime
+    training, fractions = settings.training, settings.data.train_fractions
+    batches = sum(-(-_train_examples(plan, fraction) // training.batch_size) for fraction in fractions)
+    needed, free = needs.disk(plan.disk)
+    return {
+        "run_id": plan.run_id,
+        "output": plan.store.uri,
+        "checkpoints": plan.checkpoints.uri,
+        "fingerprint": plan.fingerprint,
+        "workers": settings.workers,
+        "devices": list(machine.devices),
+        "device_proof": machine.proof,
+        "precision": machine.precision,
+        "xla": machine.xla,
+        "dataset": f"{source.name}:{source.version}",
+        "classes": len(source.classes),
+        "examples": {name: split.examples for name, split in source.splits.items()},
+        "backbone": plan.row.name,
+        "weights": plan.weights.source if plan.weights else None,
+        "fine_tune_from": plan.backbone.layers[plan.first_trainable].name,
+        **_stepped(plan),
+        "arms": list(training.arms),
+        "epochs": training.epochs,
+        "fractions": list(fractions),
+        "seeds": list(training.seeds),
+        "results": len(training.arms) * len(fractions) * len(training.seeds),
+        "steps": dict.fromkeys(training.arms, batches * training.epochs * len(training.seeds)),
+        "disk": {"needed": needed, "free": free},
+        "memory": {"needed": plan.memory.needed, "limit": plan.memory.limit, "files": plan.memory.in_files},
+    }
+
+
+def _stepped(plan: Plan) -> dict[str, Any]:
+    """Return what fine_tune's steps are taken on: augmented photos have no rows of frozen layers."""
+    if plan.settings.training.augmentation != "none":
+        return {"cut": PIXELS, "row_bytes": plan.settings.model.image_size**2 * 3}
+    return {"cut": plan.cut.name, "row_bytes": plan.cut.row_bytes}
+
+
+def _train_examples(plan: Plan, fraction: float) -> int:
+    """Return about how many examples a result at ``fraction`` trains on; classes are rounded one by one."""
+    return max(1, round(fraction * plan.source.splits["train"].examples))
 
 
 def rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -174,7 +221,7 @@ def _seconds(plan: Plan, folder: Path) -> dict[str, float]:
     for arm, measured in arms.items():
         seconds[arm] = max(0.0, measured.setting_up - traced.get(arm, 0.0))
         for fraction in settings.data.train_fractions:
-            examples, seeds = train_examples(plan, fraction), len(settings.training.seeds)
+            examples, seeds = _train_examples(plan, fraction), len(settings.training.seeds)
             seconds[arm] += seeds * measured.training(examples, validation)
             evaluation += seeds * measured.evaluation(examples, validation, test)
     results = len(arms) * len(settings.data.train_fractions) * len(settings.training.seeds)

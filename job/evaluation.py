@@ -12,10 +12,10 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from job.features import logits_of
-from job.manifest import SplitMetrics
+from job.manifest import SplitMetrics, Wrong
 from job.model import Classifier, Cut
 from job.rows import Rows
-from job.statistics import split_metrics
+from job.statistics import cross_entropy, split_metrics
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,22 @@ class Predictions:
     def metrics(self, classes: Sequence[str]) -> SplitMetrics:
         """Return the published metrics."""
         return split_metrics(self.labels, self.logits, self.probabilities, classes)
+
+    def most_wrong(self, classes: Sequence[str], number: int) -> tuple[Wrong, ...]:
+        """Return the wrong examples with the highest losses, at most ``number`` of them, the highest first."""
+        losses = np.where(self.correct, -np.inf, cross_entropy(self.logits, self.labels))
+        predicted = self.probabilities.argmax(axis=1)
+        chosen = [i for i in np.argsort(-losses, kind="stable")[:number] if not self.correct[i]]
+        return tuple(
+            Wrong(
+                example_id=self.ids[i],
+                label=classes[self.labels[i]],
+                predicted=classes[predicted[i]],
+                label_probability=float(self.probabilities[i, self.labels[i]]),
+                predicted_probability=float(self.probabilities[i, predicted[i]]),
+            )
+            for i in chosen
+        )
 
     def to_csv(self, classes: Sequence[str]) -> str:
         """Return ``predictions.csv``: example id, label (class index), probability of each class.

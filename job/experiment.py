@@ -17,8 +17,11 @@ import tensorflow as tf
 
 from job import backbones, export, manifest
 from job.arms import ARMS, Arm, Part
+from job.augmentation import augmenter
+from job.board import Board, Told
 from job.checkpoints import Checkpoints
 from job.console import Console
+from job.energy import Meter
 from job.errors import ConfigError
 from job.evaluation import Predictions, predict
 from job.features import Computed, Features, mean_and_deviation
@@ -27,11 +30,13 @@ from job.planning import Plan, phases_of
 from job.row_cache import RowCache
 from job.rows import Rows, stratified_subset
 from job.runtime import derived_seed
-from job.steps import Stage
+from job.stages import Augmented, Stage
 from job.stopping import stop_if_asked
 from job.training import Saving, Trained, Trainer
 
 logger = logging.getLogger(__name__)
+
+MOST_WRONG = 12
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,15 @@ class Experiment:
         folder: Path,
         console: Console,
         checkpoints: Checkpoints | None = None,
+        board: Board | None = None,
     ) -> None:
         """Take the checked plan, the decoded splits and the seconds that decoding took, and local scratch space.
 
-        checkpoints: where training is saved, and from where it goes on.
+        checkpoints: where training is saved, and from where it goes on. board: who is told how it goes.
         """
         self._checkpoints = checkpoints
+        self._board = board
+        self._meter = Meter(gpu=plan.runtime.gpu)
         self._plan = plan
         self._pixels = pixels
         self._data_seconds = data_seconds
@@ -83,6 +91,7 @@ class Experiment:
         self._pretrained = plan.backbone.get_weights()
         settings = plan.settings
         training = settings.training
+        self._augment = augmenter(training.augmentation)
         self._phases = phases_of(training)
         phases = [phase for arm in training.arms if ARMS[arm].pretrained for phase in self._phases[arm]]
         # the head's standardisation needs pooled rows whatever the arm
@@ -103,7 +112,10 @@ class Experiment:
         start = time.perf_counter()
         arm = ARMS[arm_name]
         logger.info("%s: fraction %g, seed %d", arm.name, fraction, seed, extra={"arm": arm.name, "seed": seed})
-        work = self._work(arm, fraction, seed)
+        where = f"arms/{arm.name}/fraction-{fraction:g}/seed-{seed}"
+        told = self._board.result(where, arm.name, fraction, seed) if self._board else None
+        energy = self._meter.joules()
+        work = self._work(arm, fraction, seed, told)
         trained, classifier, last, index = work.trained, work.trainer.classifier, work.stages[-1], work.index
         evaluation_start = time.perf_counter()
         test, norm, metrics = self._evaluated(arm, work)
@@ -112,7 +124,6 @@ class Experiment:
         stop_if_asked()
         logger.info("%s: exporting", arm.name, extra={"arm": arm.name, "seed": seed})
         export_start = time.perf_counter()
-        where = f"arms/{arm.name}/fraction-{fraction:g}/seed-{seed}"
         difference = self._export(classifier, test, self._folder / "publish" / where)
         logger.info("%s: the reloaded SavedModel differs by %.1e in probability", arm.name, difference)
         export_seconds = time.perf_counter() - export_start
@@ -137,12 +148,16 @@ class Experiment:
             history=trained.history,
             metrics=metrics,
             batch_norm=norm,
+            most_wrong=test.most_wrong(self._classes, MOST_WRONG),
             rows=_rows_read(last),
             seconds=seconds,
             examples_per_second=_rate(trained),
+            energy_joules=None if energy is None or trained.resumed else (self._meter.joules() or energy) - energy,
             cost=None if price is None else seconds.total / 3600 * price,
             saved_model=f"{where}/saved_model",
         )
+        if told:
+            told(trained.history, record)
         return Outcome(record, test, self._folder / "publish")
 
     def assist(self, arm_name: str, fraction: float, seed: int) -> None:
@@ -150,7 +165,7 @@ class Experiment:
         arm = ARMS[arm_name]
         self._evaluated(arm, self._work(arm, fraction, seed))
 
-    def _work(self, arm: Arm, fraction: float, seed: int) -> _Work:
+    def _work(self, arm: Arm, fraction: float, seed: int, told: Told | None = None) -> _Work:
         """Prepare and train one result."""
         start = time.perf_counter()
         index = stratified_subset(self._pixels["train"].labels, fraction, seed)
@@ -159,7 +174,7 @@ class Experiment:
         stop_if_asked()
         name = result_name(arm.name, fraction, seed)
         training_start = time.perf_counter()
-        trained = trainer.train(stages, seed, Saving(self._checkpoints, name) if self._checkpoints else None)
+        trained = trainer.train(stages, seed, Saving(self._checkpoints, name) if self._checkpoints else None, told)
         earlier_seconds = max(0.0, trained.seconds - (time.perf_counter() - training_start))
         return _Work(index, trainer, stages, trained, features_seconds, earlier_seconds)
 
@@ -200,7 +215,10 @@ class Experiment:
         stages = []
         for phase in self._phases[arm.name]:
             train, validation = (self._rows(arm, classifier, phase.trains, split) for split in ("train", "validation"))
-            stages.append(Stage(phase, classifier.cut(phase.trains), train, index, validation))
+            augmented = None
+            if self._augment is not None:
+                augmented = Augmented(classifier.from_pixels(phase.trains), self._pixels["train"], self._augment)
+            stages.append(Stage(phase, classifier.cut(phase.trains), train, index, validation, augmented))
         return trainer, tuple(stages)
 
     def _classifier(self, arm: Arm, seed: int) -> Classifier:
@@ -276,7 +294,8 @@ def result_name(arm: str, fraction: float, seed: int) -> str:
 
 
 def _rows_read(stage: Stage) -> manifest.RowsRead:
-    cut, values = stage.cut, stage.train.values
+    cut, rows = stage.stepped
+    values = rows.values
     row_bytes = cut.dtype.itemsize * int(np.prod(cut.shape))
     if isinstance(values, Computed):
         return manifest.RowsRead(cut=cut.name, row_bytes=row_bytes, kept="no")

@@ -30,10 +30,19 @@ Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 
 
+# Fields that do not apply to every record of their kind: they are absent then, not null.
+_ABSENT = {"batch_norm", "energy_joules", "cost"}
+
+
 class Record(BaseModel):
     """Base of all records: immutable, and no field beside the declared ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_what_does_not_apply(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name not in _ABSENT or value is not None}
 
 
 class Environment(Record):
@@ -217,7 +226,7 @@ class RowsRead(Record):
 
 
 class Wrong(Record):
-    """A test example that a model got wrong: the names of its class and of the predicted one, and their probabilities."""
+    """A test example that a model got wrong: the names of its class and of the predicted one; their probabilities."""
 
     example_id: str
     label: str
@@ -230,8 +239,8 @@ class Result(Record):
     """One (arm, train_fraction, seed).
 
     most_wrong: the test examples with the highest losses among those it got wrong, at most 12, the highest first.
-    examples_per_second: in the last phase's training steps, but for the first. energy_joules: of the devices while it was
-    trained, evaluated and exported; absent where they do not tell.
+    examples_per_second: in the last phase's training steps, but for the first. energy_joules: of the devices while it
+    was trained, evaluated and exported; absent where they do not tell.
     """
 
     arm: str
@@ -251,18 +260,12 @@ class Result(Record):
     cost: Annotated[float, Field(ge=0)] | None = None
     saved_model: str
 
-    @model_serializer(mode="wrap")
-    def _leave_out_what_does_not_apply(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        optional = ("batch_norm", "energy_joules", "cost")
-        return {name: value for name, value in fields.items() if name not in optional or value is not None}
-
 
 class Summary(Record):
     """All seeds of one (arm, train_fraction).
 
-    train_examples: of each seed. test_accuracy: their mean, with a 95% interval that ``method`` names. seconds and cost:
-    mean of a result.
+    train_examples: of each seed. test_accuracy: their mean, with a 95% interval that ``method`` names. seconds and
+    cost: mean of a result.
     """
 
     arm: str

@@ -12,22 +12,10 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from job.arms import Part
+from job.chance import DROPOUT, Chance
 from job.cuts import PIXELS, POOLED
 from job.fused_batch_norm import flatten
 from job.replicas import Replicas
-
-
-@dataclass(frozen=True)
-class Dropout:
-    """What is dropped in one step. seed: int32 [2].
-
-    batch: int32 scalar, examples in the whole batch. places: int32 [n], where in it the present rows stand: a mask
-    belongs to a place, however the batch is divided among replicas. Both None where the rows are the whole batch.
-    """
-
-    seed: tf.Tensor
-    batch: tf.Tensor | None = None
-    places: tf.Tensor | None = None
 
 
 class Head(keras.layers.Layer):
@@ -63,19 +51,15 @@ class Head(keras.layers.Layer):
         self._shift.assign(-mean)
         self._scale.assign(1.0 / deviation)
 
-    def call(self, pooled: tf.Tensor, dropout: Dropout | None = None) -> tf.Tensor:
-        """Return logits float32 [batch, classes]; dropout is applied where it is given."""
+    def call(self, pooled: tf.Tensor, chance: Chance | None = None) -> tf.Tensor:
+        """Return logits float32 [batch, classes]; features are dropped where there is chance, in training."""
         x = (tf.cast(pooled, tf.float32) + self._shift) * self._scale
         for layer in self._hidden:
             x = layer(x)
         x = tf.cast(x, tf.float32)
-        if dropout is not None and self._dropout > 0:
+        if chance is not None and self._dropout > 0:
             keep = 1.0 - self._dropout
-            batch = tf.shape(x)[0] if dropout.batch is None else dropout.batch
-            drawn = tf.random.stateless_uniform([batch, x.shape[-1]], dropout.seed)
-            if dropout.places is not None:
-                drawn = tf.gather(drawn, dropout.places)
-            x = tf.where(drawn < keep, x / keep, 0.0)
+            x = tf.where(chance.uniform(DROPOUT, x, x.shape[-1]) < keep, x / keep, 0.0)
         return self._classifier(x)
 
 
@@ -180,6 +164,21 @@ class Classifier:
         if part not in self._cuts:
             self._cuts[part] = self._make_cut(part)
         return self._cuts[part]
+
+    def from_pixels(self, part: Part) -> Cut:
+        """Return what ``cut(part)`` computes in one piece, from pixels on: frozen layers run in its tail.
+
+        It takes pixels of another dtype too.
+        """
+        at = self.cut(part)
+        if at.at_pixels:
+            return at
+        shape = (self.image_size, self.image_size, 3)
+
+        def whole(pixels: tf.Tensor, batch_norm_trains: bool) -> tf.Tensor:
+            return at.tail(at.trunk(pixels), batch_norm_trains)
+
+        return Cut(PIXELS, shape, np.dtype(np.uint8), lambda pixels: pixels, whole)
 
     def _make_cut(self, part: Part) -> Cut:
         if part is Part.HEAD:

@@ -36,6 +36,8 @@ _PASSES = 2
 _HELD_SHARE = 8
 # Copies of a grouped convolution's patches in a training step: forward, backward, and layers that overlap.
 _GROUPED_STEP = 3
+# Copies of a photo, in float32, while it is changed at random (``augmentation``).
+_COPIES_OF_PHOTO = 6
 # Optimizer slots of a variable.
 _SLOTS = {"adam": 2, "adamw": 2, "rmsprop": 1, "sgd": 1}
 # A SavedModel beside its variables.
@@ -144,6 +146,7 @@ def memory(
     limit: int,
     *,
     gpu: bool = False,
+    augmented: bool = False,
 ) -> Memory:
     """Return the memory that a run takes.
 
@@ -182,13 +185,16 @@ def memory(
         examples: of all splits together.
         limit: bytes that may be used.
         gpu: whether steps run on a GPU; their memory is then its own and does not count.
+        augmented: whether steps are taken on changed photos, so that frozen layers run in them.
     """
     operations, everything = backbone.operations, _bytes_of_weights(backbone.layers)
     slots = _SLOTS[optimizer]
     fixed, per_image = 0, 0
     for arm, its_phases in phases.items():
         for phase in its_phases:
+            frozen = (_COPIES_OF_PHOTO * _bytes(backbone.input) + _of_pass(backbone)) if augmented else 0
             if phase.trains is Part.HEAD:
+                per_image = max(per_image, frozen)
                 continue
             first = 0 if phase.trains is Part.ALL else first_trainable
             trained = _bytes_of_weights(backbone.layers[first:])
@@ -199,7 +205,7 @@ def memory(
             fixed = max(fixed, copies)
             part = operations[operations.index(backbone.layers[first]) :]
             widest = _live(backbone, part) // 2 + _GROUPED_STEP * _patches(part)
-            per_image = max(per_image, _kept_for_gradients(part) + widest)
+            per_image = max(per_image, _kept_for_gradients(part) + widest + frozen)
     pooled = 4 * backbone.output_shape[-1] if any(ARMS[arm].pretrained for arm in phases) else 0
     # once while their deviation is taken; and where they are held, as rows and as a tensor
     pooled *= 3 if examples * pooled <= limit // _HELD_SHARE else 1

@@ -36,7 +36,8 @@ class Plan:
     backbone: with its pretrained weights where an arm needs them, truncated if asked. first_trainable: index of the
     layer of ``backbone`` where fine_tune's tail starts. cut: where its trunk ends. weights: None where only scratch
     runs. store: the run's own place. checkpoints: where its unfinished work is kept. model_store: where AIP_MODEL_DIR
-    wants the best model. memory, disk: what the run takes; empty where it is published already.
+    wants the best model. tensorboard: where AIP_TENSORBOARD_LOG_DIR wants the run's event files. memory, disk: what
+    the run takes; empty where it is published already.
     """
 
     settings: Settings
@@ -52,6 +53,7 @@ class Plan:
     store: Store
     checkpoints: Store
     model_store: Store | None
+    tensorboard: Store | None
     memory: needs.Memory
     disk: tuple[needs.Space, ...]
 
@@ -125,7 +127,8 @@ def make(settings: Settings, machine: Runtime, folder: Path) -> Plan:
             )  # fmt: skip
     return Plan(
         settings, machine, source, BACKBONES[settings.model.backbone], backbone, first_trainable, cut, loaded,
-        mark, run_id, store, checkpoints, places.model, memory, disk,
+        mark, run_id, store, checkpoints, places.model, places.tensorboard and places.tensorboard.child(run_id),
+        memory, disk,
     )  # fmt: skip
 
 
@@ -154,7 +157,7 @@ def _memory(
     training = settings.training
     return needs.memory(
         backbone, first_trainable, phases_of(training), training.optimizer, batch, examples, memory_limit(),
-        gpu=machine.gpu,
+        gpu=machine.gpu, augmented=training.augmentation != "none",
     )  # fmt: skip
 
 
@@ -223,7 +226,12 @@ def _choose_cut(
     )
     found = cuts.candidates(backbone, first_trainable, row_dtype().itemsize)
     chosen = cuts.choose(found, means)
-    if "fine_tune" in training.arms and settings.runtime.feature_cache == "auto":
+    if training.augmentation != "none":
+        logger.info(
+            "photos are changed at random in every step (TRANSFER_AUGMENTATION=%s): frozen layers run in each",
+            training.augmentation,
+        )
+    elif "fine_tune" in training.arms and settings.runtime.feature_cache == "auto":
         logger.info(
             "fine_tune trains on rows at %s: %s bytes each, %s MB in all", chosen.name, f"{chosen.row_bytes:,}",
             f"{chosen.row_bytes * examples / 1e6:,.0f}", extra={"cut": chosen.name, "row_bytes": chosen.row_bytes},
@@ -233,11 +241,12 @@ def _choose_cut(
 
 @dataclass(frozen=True)
 class _Places:
-    """Where runs, unfinished work and the best model go. checkpoints: None where they lie under the run itself."""
+    """Where things go. checkpoints: None where they lie under the run itself."""
 
     output: Store
     checkpoints: Store | None
     model: Store | None
+    tensorboard: Store | None
 
     def checkpoints_of(self, run_id: str) -> Store:
         if self.checkpoints is None:
@@ -265,7 +274,11 @@ def _open_places(settings: Settings) -> _Places:
         return store
 
     store = opened(output.output_uri, "TRANSFER_OUTPUT_URI")
-    places = opened(checkpoints, variable), opened(on_platform.model_dir, "AIP_MODEL_DIR")
+    places = (
+        opened(checkpoints, variable),
+        opened(on_platform.model_dir, "AIP_MODEL_DIR"),
+        opened(on_platform.tensorboard_log_dir, "AIP_TENSORBOARD_LOG_DIR"),
+    )
     if store is None or problems:
         raise ConfigError(problems)
     return _Places(store, *places)
@@ -353,43 +366,3 @@ def _package_cache(keras_home: Path | None, folder: Path) -> Path:
     except OSError:
         return folder
     return cache if os.access(cache, os.W_OK) else folder
-
-
-def facts(plan: Plan) -> dict[str, Any]:
-    """Return what is known of a run without measuring, as JSON values: sizes in bytes, ``steps`` of each arm in all."""
-    settings, source, machine = plan.settings, plan.source, plan.runtime
-    training, fractions = settings.training, settings.data.train_fractions
-    batches = sum(-(-train_examples(plan, fraction) // training.batch_size) for fraction in fractions)
-    needed, free = needs.disk(plan.disk)
-    return {
-        "run_id": plan.run_id,
-        "output": plan.store.uri,
-        "checkpoints": plan.checkpoints.uri,
-        "fingerprint": plan.fingerprint,
-        "workers": settings.workers,
-        "devices": list(machine.devices),
-        "device_proof": machine.proof,
-        "precision": machine.precision,
-        "xla": machine.xla,
-        "dataset": f"{source.name}:{source.version}",
-        "classes": len(source.classes),
-        "examples": {name: split.examples for name, split in source.splits.items()},
-        "backbone": plan.row.name,
-        "weights": plan.weights.source if plan.weights else None,
-        "fine_tune_from": plan.backbone.layers[plan.first_trainable].name,
-        "cut": plan.cut.name,
-        "row_bytes": plan.cut.row_bytes,
-        "arms": list(training.arms),
-        "epochs": training.epochs,
-        "fractions": list(fractions),
-        "seeds": list(training.seeds),
-        "results": len(training.arms) * len(fractions) * len(training.seeds),
-        "steps": dict.fromkeys(training.arms, batches * training.epochs * len(training.seeds)),
-        "disk": {"needed": needed, "free": free},
-        "memory": {"needed": plan.memory.needed, "limit": plan.memory.limit, "files": plan.memory.in_files},
-    }
-
-
-def train_examples(plan: Plan, fraction: float) -> int:
-    """Return about how many examples a result at ``fraction`` trains on; classes are rounded one by one."""
-    return max(1, round(fraction * plan.source.splits["train"].examples))

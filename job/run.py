@@ -5,30 +5,25 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import keras
-import tensorflow as tf
-
-import job
-from job import data, estimate, manifest, planning, publishing
+from job import comparisons, data, duplicates, estimate, manifest, planning, publication, publishing
+from job.board import Board
 from job.checkpoints import Checkpoints
 from job.console import Console
 from job.errors import JobError
 from job.experiment import Experiment, result_name
-from job.manifest import MANIFEST, SCHEMA
+from job.manifest import MANIFEST
 from job.planning import Plan
 from job.publishing import Finished
-from job.rows import Rows, duplicates_across_splits
+from job.replicas import Replicas
+from job.rows import Rows
 from job.runtime import Runtime
 from job.settings import Settings
-from job.statistics import paired_test
 from job.stopping import stop_if_asked
 from job.workspace import workspace
 
@@ -50,14 +45,17 @@ def run(settings: Settings, machine: Runtime, console: Console) -> str:
         published = _is_published(plan, uri) if replicas.is_chief else False
         if replicas.from_chief(b"published" if published else b""):
             return uri
-        if settings.platform.tensorboard_log_dir:
-            logger.warning("AIP_TENSORBOARD_LOG_DIR is set, but this version writes no TensorBoard logs")
-        pixels, data_seconds = _decode(plan, folder, console)
+        start = time.perf_counter()
+        pixels = _decode(plan, folder, console)
+        found = _duplicates(pixels, replicas)
+        data_seconds = time.perf_counter() - start
         if replicas.is_chief:
             saving = Checkpoints(plan.checkpoints, plan.fingerprint, settings.output.checkpoint_seconds, folder)
-            with saving.open():
-                finished = _results(plan, Experiment(plan, pixels, data_seconds, folder, console, saving), saving)
-            _publish(plan, pixels, finished, folder, uri, console)
+            board = Board(plan.tensorboard, settings.resolved(), folder)
+            with saving.open(), board.open():
+                experiment = Experiment(plan, pixels, data_seconds, folder, console, saving, board)
+                finished = _results(plan, experiment, saving)
+            _publish(plan, publication.record(plan, pixels, finished, found), finished, pixels, folder, console)
         else:
             _help(plan, Experiment(plan, pixels, data_seconds, folder, console))
         return uri
@@ -75,9 +73,21 @@ def _is_published(plan: Plan, uri: str) -> bool:
 
 
 def _publish(
-    plan: Plan, pixels: dict[str, Rows], finished: Sequence[Finished], folder: Path, uri: str, console: Console
+    plan: Plan,
+    record: manifest.Manifest,
+    finished: Sequence[Finished],
+    pixels: dict[str, Rows],
+    folder: Path,
+    console: Console,
 ) -> None:
-    record, places = _manifest(plan, pixels, finished, folder)
+    uri = f"{plan.store.uri}/{MANIFEST}"
+    logger.info("writing the report")
+    publication.write(record, pixels["test"], folder / "publication")
+    stop_if_asked()
+    place, artifacts = publishing.Pending(plan.store, plan.fingerprint).add_files(folder / "publication")
+    places = [(each.place, each.artifacts) for each in finished] + [(place, tuple(artifacts))]
+    everything = (each for _, some in places for each in some)
+    record = record.model_copy(update={"artifacts": tuple(sorted(everything, key=lambda artifact: artifact.path))})
     stop_if_asked()
     logger.info("committing")
     if publishing.commit(plan.store, record, places, plan.model_store) is publishing.Outcome.ALREADY_PUBLISHED:
@@ -85,6 +95,7 @@ def _publish(
         record = publishing.read_manifest(plan.store) or record
     _tidy(plan)
     _summary(record, console)
+    logger.info("report: %s/%s", plan.store.uri, publication.REPORT)
     logger.info("published %s", uri, extra={"manifest": uri})
 
 
@@ -107,12 +118,11 @@ def _tidy(plan: Plan) -> None:
         logger.warning("published, but checkpoints are left over: %s", error)
 
 
-def _decode(plan: Plan, folder: Path, console: Console) -> tuple[dict[str, Rows], float]:
-    start = time.perf_counter()
+def _decode(plan: Plan, folder: Path, console: Console) -> dict[str, Rows]:
     settings = plan.settings
     total = sum(split.examples for split in plan.source.splits.values())
     with console.bar("decoding", total) as advance:
-        pixels = data.read_splits(
+        return data.read_splits(
             plan.source,
             settings.model.image_size,
             folder,
@@ -120,7 +130,17 @@ def _decode(plan: Plan, folder: Path, console: Console) -> tuple[dict[str, Rows]
             lambda _done, _total: advance(1),
             plan.runtime.replicas,
         )
-    return pixels, time.perf_counter() - start
+
+
+def _duplicates(pixels: dict[str, Rows], replicas: Replicas) -> duplicates.Found:
+    found = duplicates.find(pixels, replicas)
+    if found.count:
+        logger.warning(
+            "%d photos lie in more than one split: test accuracies may be too high (the report lists them)",
+            found.count,
+            extra={"duplicates": found.count},
+        )
+    return found
 
 
 def _results(plan: Plan, experiment: Experiment, saving: Checkpoints) -> list[Finished]:
@@ -161,121 +181,55 @@ def _wanted(plan: Plan) -> Iterator[tuple[str, float, int]]:
     return itertools.product(training.arms, plan.settings.data.train_fractions, training.seeds)
 
 
-def _manifest(
-    plan: Plan, pixels: dict[str, Rows], finished: Sequence[Finished], folder: Path
-) -> tuple[manifest.Manifest, list[tuple[str, tuple[manifest.Artifact, ...]]]]:
-    """Return the manifest, and where its artifacts are stored."""
-    source, machine = plan.source, plan.runtime
-    splits = {
-        name: manifest.Split(expression=split.expression, examples=len(pixels[name]))
-        for name, split in source.splits.items()
-    }
-    skipped = sum(split.examples - len(pixels[name]) for name, split in source.splits.items())
-    duplicates = duplicates_across_splits(pixels)
-    if duplicates:
-        logger.warning("%d images lie in more than one split: test accuracies may be too high", duplicates)
-    schema = folder / "schema" / SCHEMA
-    schema.parent.mkdir()
-    schema.write_text(json.dumps(manifest.json_schema(), indent=2) + "\n", encoding="utf-8")
-    place, artifacts = publishing.Pending(plan.store, plan.fingerprint).add_files(schema.parent)
-    places = [(each.place, each.artifacts) for each in finished] + [(place, tuple(artifacts))]
-    record = manifest.Manifest(
-        schema_version=manifest.SCHEMA_VERSION,
-        run_id=plan.run_id,
-        created=datetime.now(UTC),
-        fingerprint=plan.fingerprint,
-        settings=plan.settings.resolved() | {"run_id": plan.run_id},
-        environment=manifest.Environment(
-            python=platform.python_version(),
-            tensorflow=tf.__version__,
-            keras=keras.__version__,
-            tensorflow_datasets=data.TFDS_VERSION,
-            job=job.__version__,
-            devices=machine.devices,
-            workers=machine.replicas.workers,
-            precision=machine.precision,
-            xla=machine.xla,
-            deterministic=machine.deterministic,
-        ),
-        dataset=manifest.Dataset(
-            name=source.name,
-            version=source.version,
-            classes=source.classes,
-            skipped_examples=skipped,
-            duplicates_across_splits=duplicates,
-            splits=manifest.Splits(**splits),
-        ),
-        backbone=manifest.Backbone(
-            name=plan.row.name,
-            image_size=plan.settings.model.image_size,
-            layers=len(plan.backbone.layers),
-            parameters=plan.backbone.count_params(),
-            weights=manifest.Weights(source=plan.weights.source, sha256=plan.weights.sha256) if plan.weights else None,
-        ),
-        results=tuple(each.result for each in finished),
-        comparisons=_comparisons(finished),
-        artifacts=tuple(sorted((each for _, some in places for each in some), key=lambda artifact: artifact.path)),
-    )
-    return record, places
-
-
-def _comparisons(finished: Sequence[Finished]) -> tuple[manifest.Comparison, ...]:
-    """Compare every two arms of the same fraction and seed on the same test examples."""
-    found = []
-    labels = _labels([each.result for each in finished])
-    for pair in itertools.combinations(finished, 2):
-        one, other = (each.result for each in pair)
-        if (one.train_fraction, one.seed) != (other.train_fraction, other.seed):
-            continue
-        better, worse = sorted(pair, key=lambda each: -each.result.metrics.test.accuracy)
-        test = paired_test(better.hits, worse.hits)
-        found.append(
-            manifest.Comparison(
-                train_fraction=one.train_fraction,
-                better=better.result.arm,
-                worse=worse.result.arm,
-                difference=test.difference,
-                interval=test.interval,
-                p_value=test.p_value,
-                method=f"{test.method}; seed {one.seed}",
-                verdict=test.verdict(labels(better.result), labels(worse.result)),
-            )
-        )
-    return tuple(found)
-
-
-def _labels(results: Sequence[manifest.Result]) -> Callable[[manifest.Result], str]:
-    """Return what names a result: its arm, with the fraction and the seed where ``results`` have several."""
-    fractions = len({result.train_fraction for result in results}) > 1
-    seeds = len({result.seed for result in results}) > 1
-
-    def label(result: manifest.Result) -> str:
-        told = [f"fraction {result.train_fraction:g}"] * fractions + [f"seed {result.seed}"] * seeds
-        return f"{result.arm} ({', '.join(told)})" if told else result.arm
-
-    return label
-
-
 def _summary(record: manifest.Manifest, console: Console) -> None:
-    columns = ["arm", "train", "trainable", "test accuracy", "95% interval", "test loss", "seconds", "images/s"]
-    rows = []
-    labels = _labels(record.results)
-    for result in record.results:
-        test, seconds = result.metrics.test, result.seconds.total
-        low, high = test.accuracy_interval
-        figures = [f"{result.train_examples:,}", f"{result.parameters.trainable:,}", f"{test.accuracy:.4f}"]
-        figures += [
-            f"{low:.3f} - {high:.3f}",
-            f"{test.loss:.4f}",
-            f"{seconds:.0f}",
-            f"{result.examples_per_second:.0f}",
-        ]
-        price = [] if result.cost is None else [f"{result.cost:.4f}"]
-        rows.append([labels(result), *figures, *price])
     dataset, backbone = record.dataset, record.backbone
     title = f"{dataset.name} {dataset.version}, {dataset.splits.test.examples:,} test examples, "
     title += f"{backbone.name} at {backbone.image_size} px"
-    priced = any(result.cost is not None for result in record.results)
-    console.table(title, [*columns, "cost"] if priced else columns, rows)
-    for comparison in record.comparisons:
-        logger.info("%s", comparison.verdict)
+    over_seeds = any(len(each.seeds) > 1 for each in record.summaries)
+    columns, rows = _by_arm(record) if over_seeds else _by_result(record)
+    if any(result.cost is None for result in record.results):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    console.table(title, columns, rows)
+    logger.info("%s", record.verdict)
+
+
+def _by_result(record: manifest.Manifest) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows with every result; the cost comes last."""
+    labels = comparisons.labels(record.results)
+    columns = ["arm", "train", "trainable", "test accuracy", "95% interval", "test loss", "seconds", "images/s", "cost"]
+    return columns, [
+        [
+            labels(result),
+            f"{result.train_examples:,}",
+            f"{result.parameters.trainable:,}",
+            f"{result.metrics.test.accuracy:.4f}",
+            _interval(result.metrics.test.accuracy_interval),
+            f"{result.metrics.test.loss:.4f}",
+            f"{result.seconds.total:.0f}",
+            f"{result.examples_per_second:.0f}",
+            f"{result.cost or 0:.4f}",
+        ]
+        for result in record.results
+    ]
+
+
+def _by_arm(record: manifest.Manifest) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows with the means over seeds; the cost comes last."""
+    columns = ["arm", "train", "seeds", "test accuracy", "95% interval", "seconds each", "cost each"]
+    return columns, [
+        [
+            each.arm,
+            f"{each.train_examples:,}",
+            f"{len(each.seeds)}",
+            f"{each.test_accuracy:.4f}",
+            _interval(each.interval),
+            f"{each.seconds:.0f}",
+            f"{each.cost or 0:.4f}",
+        ]
+        for each in record.summaries
+    ]
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{low:.3f} - {high:.3f}"

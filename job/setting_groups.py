@@ -133,7 +133,7 @@ class TrainingSettings(Group):
     learning_rate: Rate = Field(LEARNING_RATE, description="scratch, frozen, and fine_tune's head phase")
     fine_tune_learning_rate: Rate = Field(FINE_TUNE_LEARNING_RATE, description="fine_tune after unfreezing")
     augmentation: Literal["none", "flip", "standard"] = Field(
-        "none", description="none, flip, or standard (flip, shift, zoom, contrast) (this version: none)"
+        "none", description="none, flip, or standard (flip, shift, zoom, contrast)"
     )
     seeds: DistinctList[Seed] = Field((0,), description="each seed repeats every arm")
 
@@ -190,7 +190,7 @@ class PlatformSettings(Group):
     tensorboard_log_dir: Location | None = Field(
         None,
         validation_alias="AIP_TENSORBOARD_LOG_DIR",
-        description="Vertex AI: where TensorBoard reads (this version: not used)",
+        description="where TensorBoard is shown, below the run's id, how training goes",
     )
     tf_config: TfConfig | None = Field(
         None, validation_alias="TF_CONFIG", description="several workers: the cluster and this one's task, as JSON"

@@ -260,7 +260,7 @@ def _read(group: type[_GroupT], environ: Mapping[str, str], problems: list[Probl
     return group(**values)
 
 
-# --- checks over several values, and of what this version refuses ------------------------------------------------
+# --- checks over several values ---------------------------------------------------------------------------------
 
 
 def _check_same_split(second: str, first: str, settings: Settings) -> Iterator[str]:
@@ -292,16 +292,10 @@ def _check_head_epochs(settings: Settings) -> Iterator[str]:
         )
 
 
-def _check_augmentation(settings: Settings) -> Iterator[str]:
-    if settings.training.augmentation != "none":
-        yield f"received '{settings.training.augmentation}', but this version does not augment yet; accepted: none"
-
-
 # Each check runs when the variables it concerns are right in themselves; its problems bear the first one's name.
 _SPLITS = ("TRANSFER_TRAIN_SPLIT", "TRANSFER_VALIDATION_SPLIT", "TRANSFER_TEST_SPLIT")
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] = (
     *(((second, first), partial(_check_same_split, second, first)) for first, second in combinations(_SPLITS, 2)),
     (("TRANSFER_IMAGE_SIZE", "TRANSFER_BACKBONE"), _check_image_size),
     (("TRANSFER_HEAD_EPOCHS", "TRANSFER_EPOCHS", "TRANSFER_ARMS"), _check_head_epochs),
-    (("TRANSFER_AUGMENTATION",), _check_augmentation),
 )

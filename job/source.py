@@ -65,6 +65,7 @@ class Source:
     splits: train, validation and test.
     identity: JSON that tells this data from any other, wherever it lies: no path is in it.
     builder, image_key, label_key: the TFDS builder, and which of its features are used.
+    licence, citation, homepage: as the builder states them.
     """
 
     name: str
@@ -75,6 +76,9 @@ class Source:
     builder: Any = field(repr=False, compare=False)
     image_key: str = field(repr=False)
     label_key: str = field(repr=False)
+    licence: str | None = None
+    citation: str | None = None
+    homepage: str | None = None
 
 
 def open_source(settings: DataSettings, *, prepare: bool = True) -> Source:
@@ -127,6 +131,9 @@ def open_source(settings: DataSettings, *, prepare: bool = True) -> Source:
         builder=builder,
         image_key=image_key,
         label_key=label_key,
+        licence=builder.info.redistribution_info.license or None,
+        citation=builder.info.citation or None,
+        homepage=builder.info.homepage or None,
     )
 
 

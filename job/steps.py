@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,17 +13,18 @@ import numpy.typing as npt
 import tensorflow as tf
 
 from job import batch_norm, checkpoints
-from job.arms import Part, Phase
+from job.arms import Part
 from job.batch_norm import Recalibrator, filled_up
+from job.chance import Chance
 from job.errors import ConfigError
 from job.features import logits_of
 from job.fused_batch_norm import synchronised
 from job.manifest import Epoch
-from job.model import Classifier, Cut, Dropout
+from job.model import Classifier
 from job.optimizers import FlatOptimizer, joined
 from job.replicas import Tensors
-from job.rows import Rows
 from job.runtime import derived_seed
+from job.stages import Stage
 from job.statistics import cross_entropy
 from job.stopping import asked_to_stop, stop, stop_if_asked
 
@@ -35,20 +35,6 @@ VALIDATION_CALIBRATION_ROWS = 128
 _SECONDS_PER_CALL = 0.2
 # Rows that are read ahead of a call, at most.
 _BYTES_AHEAD = 32 * 2**20
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A phase with its rows, at one cut.
-
-    index: int64 [n], the rows of ``train`` that are trained on.
-    """
-
-    phase: Phase
-    cut: Cut
-    train: Rows
-    index: npt.NDArray[np.int64]
-    validation: Rows
 
 
 # Rows, labels, order, places and counts: what one replica takes into a call of several steps.
@@ -78,8 +64,10 @@ class Steps:
     most_per_call: how many may go into one call; None where any number may.
     """
 
-    def __init__(self, classifier: Classifier, phase: Phase, cut: Cut, optimizer: Any, *, xla: bool) -> None:
-        """Take a fresh keras optimizer; nothing is traced before the first call."""
+    def __init__(self, classifier: Classifier, stage: Stage, optimizer: Any, *, xla: bool) -> None:
+        """Take a fresh keras optimizer; nothing is traced before the first call. The rows of ``stage`` are not kept."""
+        phase, (cut, _) = stage.phase, stage.stepped
+        augment = stage.augmented.augment if stage.augmented else None
         loss_sum, correct = self._sums = tf.Variable(0.0), tf.Variable(0, dtype=tf.int32)
         self._agreed = tf.Variable(tf.zeros([2]))
         self._replicas = replicas = classifier.replicas
@@ -88,13 +76,14 @@ class Steps:
         head, alone = classifier.head, replicas.count == 1
 
         def gradient(
-            rows: tf.Tensor, labels: tf.Tensor, batch: tf.Tensor, weight: tf.Tensor | float, dropout: Dropout
+            rows: tf.Tensor, labels: tf.Tensor, batch: tf.Tensor, weight: tf.Tensor | float, chance: Chance
         ) -> Tensors:
             """Return the flat gradient, the summed loss and the number of right answers of some rows of a batch."""
             values = [variable.value for variable in variables]
+            rows = augment(rows, chance) if augment else rows
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(values)
-                logits = head(cut.tail(rows, phase.trains_batch_norm), dropout=dropout)
+                logits = head(cut.tail(rows, phase.trains_batch_norm), chance=chance)
                 losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits) * weight
                 scaled = flat.scale_loss(tf.reduce_sum(losses) / tf.cast(batch, tf.float32))
             hits = tf.equal(tf.argmax(logits, axis=1, output_type=tf.int32), labels)
@@ -107,15 +96,15 @@ class Steps:
 
                 def share(replica: int) -> tuple[Tensors, Tensors]:
                     rows, labels, order, places, counts = feeds[replica]
-                    drop = tf.stack([seed, done + i + 1])
+                    drawn = tf.stack([seed, done + i + 1])
                     if alone:
                         rows, labels = tf.gather(rows, order[i]), tf.gather(labels, order[i])
-                        return [*gradient(rows, labels, tf.shape(labels)[0], 1.0, Dropout(drop)), votes], []
+                        return [*gradient(rows, labels, tf.shape(labels)[0], 1.0, Chance(drawn)), votes], []
                     index = order[i, : counts[i]]
                     (rows, weight), (labels, _) = filled_up(tf.gather(rows, index)), filled_up(tf.gather(labels, index))
                     where, _ = filled_up(places[i, : counts[i]])
                     with synchronised(weight) as over_all:
-                        found = gradient(rows, labels, batch, weight, Dropout(drop, batch, where))
+                        found = gradient(rows, labels, batch, weight, Chance(drawn, batch, where))
                     layers[:] = [layer for layer, *_ in over_all.moments]
                     moments = [moment for _, *moments in over_all.moments for moment in moments]
                     return [*found, votes if replica == 0 else tf.zeros_like(votes)], moments
@@ -161,7 +150,7 @@ class Steps:
         checkpoints.assign(self._sums, state, "sum")
 
     def __call__(
-        self, feeds: Sequence[Feed], batch: int, dropout_seed: int, done: int, votes: tuple[float, float] = (0.0, 0.0)
+        self, feeds: Sequence[Feed], batch: int, seed: int, done: int, votes: tuple[float, float] = (0.0, 0.0)
     ) -> tuple[float, float]:
         """Take one step for each row of the feeds' ``order``, and return the sums of all workers' ``votes``.
 
@@ -170,11 +159,11 @@ class Steps:
         Args:
             feeds: of each replica of this worker.
             batch: examples of all replicas in each of the steps.
-            dropout_seed: of the phase; each step draws from it and its number.
+            seed: of the phase; each step draws from it and its number.
             done: steps taken before.
             votes: this worker's.
         """
-        numbers = (tf.constant(number, tf.int32) for number in (batch, dropout_seed, done))
+        numbers = (tf.constant(number, tf.int32) for number in (batch, seed, done))
         self._call(list(feeds), *numbers, tf.constant(votes))
         if self._replicas.workers == 1:
             return votes
@@ -213,7 +202,7 @@ class PhaseRun:
         self._steps = steps
         self._batch_size = batch_size
         self._seed = seed
-        self._dropout_seed = derived_seed(seed, f"dropout {stage.phase.name}")
+        self._chance_seed = derived_seed(seed, f"steps of {stage.phase.name}")
         self._classifier = classifier
         self._replicas = classifier.replicas
         self.images = 0
@@ -225,11 +214,12 @@ class PhaseRun:
         self._compiled = False
         self._timed_images = 0
         self._timed_seconds = 0.0
-        self._labels = stage.train.labels[stage.train.in_place()]
-        self._most_per_call = max(1, _BYTES_AHEAD // (stage.cut.row_bytes * batch_size))
+        cut, self._stepped = stage.stepped
+        self._labels = self._stepped.labels[self._stepped.in_place()]
+        self._most_per_call = max(1, _BYTES_AHEAD // (cut.row_bytes * batch_size))
         self._resident: list[tuple[tf.Tensor, tf.Tensor]] = []
-        if isinstance(stage.train.values, np.ndarray):
-            self._resident = self._replicas.copies(stage.train.values, self._labels)
+        if isinstance(self._stepped.values, np.ndarray):
+            self._resident = self._replicas.copies(self._stepped.values, self._labels)
             self._most_per_call = len(stage.index)
         if steps.most_per_call is not None:
             self._most_per_call = steps.most_per_call
@@ -291,7 +281,7 @@ class PhaseRun:
                 stop_if_asked()
             # several workers stop after the same step, and take as many steps a call as the chief would
             votes = float(asked_to_stop()), float(fitting if self._replicas.is_chief else 0)
-            stops, steps_next = self._steps(feeds, batch, self._dropout_seed, self.done, votes)
+            stops, steps_next = self._steps(feeds, batch, self._chance_seed, self.done, votes)
             now = time.perf_counter()
             if self._compiled:
                 self._timed_images += steps * batch
@@ -335,7 +325,7 @@ class PhaseRun:
 
     def _read(self, batches: npt.NDArray[np.int64]) -> list[Feed]:
         """Divide ``batches`` (int64 [steps, batch]) among the replicas of this worker, of what it holds."""
-        rows, local = self._stage.train, self._replicas.local
+        rows, local = self._stepped, self._replicas.local
         if self._replicas.count == 1:
             position = rows.positions(batches.ravel())
             index = position if self._resident else np.arange(len(position))
@@ -359,7 +349,7 @@ class PhaseRun:
         if self._resident:
             values, labels = self._resident[replica]
             return values, labels
-        return tf.constant(self._stage.train.values[position]), tf.constant(self._labels[position])
+        return tf.constant(self._stepped.values[position]), tf.constant(self._labels[position])
 
     def _validate(self, order: npt.NDArray[np.int64]) -> tuple[float, float]:
         """Return mean loss and accuracy on the validation rows.

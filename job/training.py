@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from job import checkpoints
@@ -17,7 +17,8 @@ from job.manifest import Epoch
 from job.model import Classifier
 from job.optimizers import make_optimizer
 from job.settings import TrainingSettings
-from job.steps import PhaseRun, Stage, Steps
+from job.stages import Stage
+from job.steps import PhaseRun, Steps
 from job.stopping import Stopped, deferred
 
 logger = logging.getLogger(__name__)
@@ -68,19 +69,26 @@ class Trainer:
         self._steps: dict[Phase, tuple[int, Steps]] = {}
         self._recalibrator: Recalibrator | None = None
 
-    def train(self, stages: tuple[Stage, ...], seed: int, saving: Saving | None = None) -> Trained:
+    def train(
+        self,
+        stages: tuple[Stage, ...],
+        seed: int,
+        saving: Saving | None = None,
+        told: Callable[[Sequence[Epoch]], None] | None = None,
+    ) -> Trained:
         """Train the classifier in place through ``stages``, from its present values, and return the history.
 
         The order of the examples is a permutation drawn from (seed, epoch), and the last, smaller batch of an epoch is
-        trained on too. ``history`` counts epochs through all phases from 1. With ``saving``, training goes on from the
-        newest checkpoint that can be used, and ends bit-identical where every operation repeats bit for bit.
+        trained on too. ``history`` counts epochs through all phases from 1; ``told`` is called with it after each. With
+        ``saving``, training goes on from the newest checkpoint that can be used, and ends bit-identical where every
+        operation repeats bit for bit.
 
         Raises:
             Stopped: the process was asked to stop; ``saving`` then holds the state after the last step.
             ConfigError: the loss is not finite.
         """
         found = self._shared(saving.checkpoints.newest(saving.result, len(stages)) if saving else None)
-        session = _Session(self, stages, seed, saving, found)
+        session = _Session(self, stages, seed, saving, found, told)
         total = sum(stage.phase.epochs * len(stage.index) for stage in stages)
         # state is whole between two steps, where stop_if_asked is called
         with deferred(), self._console.bar(self.name, total) as advance:
@@ -121,7 +129,7 @@ class Trainer:
         # another fraction has another schedule; one set of slots is kept for a phase, as large as what trains in it
         self._steps.pop(stage.phase, None)
         optimizer = make_optimizer(self._settings.optimizer, stage.phase.learning_rate, count)
-        steps = Steps(self.classifier, stage.phase, stage.cut, optimizer, xla=self._xla)
+        steps = Steps(self.classifier, stage, optimizer, xla=self._xla)
         self._steps[stage.phase] = count, steps
         return steps
 
@@ -141,13 +149,20 @@ class _Session:
     """The training of one result, from the beginning or from a checkpoint."""
 
     def __init__(
-        self, trainer: Trainer, stages: tuple[Stage, ...], seed: int, saving: Saving | None, found: Checkpoint | None
+        self,
+        trainer: Trainer,
+        stages: tuple[Stage, ...],
+        seed: int,
+        saving: Saving | None,
+        found: Checkpoint | None,
+        told: Callable[[Sequence[Epoch]], None] | None,
     ) -> None:
         self._trainer = trainer
         self._stages = stages
         self._seed = seed
         self._saving = saving
         self._found = found
+        self._told = told
         self._before = found.progress if found else Progress()
         self._start = time.perf_counter()
         self._steps: Steps | None = None
@@ -198,6 +213,8 @@ class _Session:
                 epoch = run.epoch(len(self._before.history) + 1, stepped)
                 self._before = replace(self._before, history=(*self._before.history, epoch))
                 self._trainer.log_epoch(epoch, self._seed)
+                if self._told:
+                    self._told(self._before.history)
             self.examples_per_second = run.examples_per_second
             self._before = replace(self.progress, phase=number + 1, phase_step=0, epoch_seconds=0.0)
             self._start = time.perf_counter()

@@ -284,8 +284,8 @@ def last_json(output: str) -> dict[str, Any]:
 def run_plain(name: str, environment: dict[str, str], folder: Path) -> Run:
     """Run one version of plain Keras."""
     done = execute(["tests.plain_keras", name], environment, folder / "log")
-    arms = last_json(done.output)["arms"]
-    seconds, accuracy = ({arm: one[key] for arm, one in arms.items()} for key in ("seconds", "test_accuracy"))
+    results = last_json(done.output)["results"]
+    seconds, accuracy = ({one["arm"]: one[key] for one in results} for key in ("seconds", "test_accuracy"))
     return Run(done.wall, done.peak, seconds, accuracy)
 
 

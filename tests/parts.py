@@ -29,7 +29,9 @@ from job.features import run_over
 from job.model import Classifier, Head
 from job.optimizers import FlatOptimizer, joined, make_optimizer
 from job.row_files import RowFileWriter
-from job.steps import Steps
+from job.rows import Rows
+from job.stages import Stage
+from job.steps import Steps, whole_feed
 
 ROW = BACKBONES["MobileNetV2"]
 SIZE, BATCH, PAIRS = 160, 32, 6
@@ -62,14 +64,17 @@ def main() -> None:
     labels = tf.constant(np.arange(BATCH) % 2, tf.int32)
     order = np.arange(BATCH)[None]
     plain = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(SIZE, SIZE, 3))
+    rows = Rows(("",) * BATCH, labels.numpy(), pixels.numpy(), (b"",) * BATCH)
+    feed = [whole_feed(pixels, labels, order)]
     steps, forward = {}, {}
     for name, model in (("ours", classifier(build(ROW, SIZE))), ("keras", classifier(plain))):
         phase = Phase("all", Part.ALL, 1, 1e-3, trains_batch_norm=True)
-        steps[name] = Steps(model, phase, model.cut(Part.ALL), make_optimizer("adam", 1e-3, 100), xla=False)
+        stage = Stage(phase, model.cut(Part.ALL), rows, np.arange(BATCH), rows)
+        steps[name] = Steps(model, stage, make_optimizer("adam", 1e-3, 100), xla=False)
         forward[name] = model.inference(model.cut(Part.ALL))
 
     def step(name: str) -> Callable[[], Any]:
-        return lambda: (steps[name](pixels, labels, order, 0, 0), steps[name].sums())
+        return lambda: (steps[name](feed, BATCH, 0, 0), steps[name].sums())
 
     found = {
         "BatchNorm, training step": compare(step("ours"), step("keras"), BATCH),

@@ -3,13 +3,15 @@
     python -m tests.plain_keras article    the pipeline as tutorials write it: map, shuffle(1000), batch
     python -m tests.plain_keras tuned      what Keras and tf.data offer an expert: the photos cached, all else parallel
 
-Both read the job's own TRANSFER_ variables and end in one line of JSON. Both train in the job's phases, so fine_tune
-begins with the head on a frozen backbone: of the ways to write it in Keras that is the cheapest, since no gradient
-enters the backbone in those epochs. Hidden layers, dropout and truncation are not written here: leave them unset.
+Both read the job's own TRANSFER_ variables, train every arm at every fraction, at the first of the seeds, and end in
+one line of JSON. Both train in the job's phases, so fine_tune begins with the head on a frozen backbone: of the ways
+to write it in Keras that is the cheapest, since no gradient enters the backbone in those epochs. Hidden layers,
+dropout, truncation and augmentation are not written here: leave them unset.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -34,9 +36,12 @@ TUTORIAL_SHUFFLE = 1000
 
 @dataclass(frozen=True)
 class Batches:
-    """The three splits as ``fit`` takes them. seconds: spent before the first epoch, on filling a cache."""
+    """The splits as ``fit`` takes them. seconds: spent before the first epoch, on filling a cache.
 
-    train: tf.data.Dataset
+    train: of a number of photos.
+    """
+
+    train: Callable[[int], tf.data.Dataset]
     validation: tf.data.Dataset
     test: tf.data.Dataset
     seconds: float = 0.0
@@ -58,8 +63,12 @@ def article_batches(source: data.Source, settings: Settings) -> Batches:
         return source.builder.as_dataset(split=source.splits[split].expression).map(prepare)
 
     batch = settings.training.batch_size
-    train = read("train").shuffle(TUTORIAL_SHUFFLE).batch(batch)
-    return Batches(train, read("validation").batch(batch), read("test").batch(batch))
+    train = read("train")
+    return Batches(
+        lambda examples: train.take(examples).shuffle(TUTORIAL_SHUFFLE).batch(batch),
+        read("validation").batch(batch),
+        read("test").batch(batch),
+    )
 
 
 def tuned_batches(source: data.Source, settings: Settings) -> Batches:
@@ -89,15 +98,16 @@ def tuned_batches(source: data.Source, settings: Settings) -> Batches:
     for pixels in (train, validation, test):
         pixels.reduce(0, lambda count, *_: count + 1)
     seconds = time.perf_counter() - start
-    shuffled = train.shuffle(source.splits["train"].examples)
-    return Batches(batched(shuffled), batched(validation), batched(test), seconds)
+    return Batches(
+        lambda examples: batched(train.take(examples).shuffle(examples)), batched(validation), batched(test), seconds
+    )
 
 
 VARIANTS = {"article": article_batches, "tuned": tuned_batches}
 
 
-def train_arm(name: str, source: data.Source, settings: Settings, batches: Batches) -> float:
-    """Build, fit and evaluate one arm; return its test accuracy."""
+def train_arm(name: str, source: data.Source, settings: Settings, batches: Batches, examples: int) -> float:
+    """Build, fit and evaluate one arm on so many of the photos; return its test accuracy."""
     arm, model_settings, training = ARMS[name], settings.model, settings.training
     keras.utils.set_random_seed(training.seeds[0])
     shape = (model_settings.image_size, model_settings.image_size, 3)
@@ -112,8 +122,8 @@ def train_arm(name: str, source: data.Source, settings: Settings, batches: Batch
     recipe = Recipe(
         training.epochs, training.resolved_head_epochs, training.learning_rate, training.fine_tune_learning_rate
     )
-    steps_per_epoch = -(-source.splits["train"].examples // training.batch_size)
-    done = 0
+    steps_per_epoch = -(-examples // training.batch_size)
+    train, done = batches.train(examples), 0
     for phase in arm.phases(recipe):
         base.trainable = phase.trains is not Part.HEAD
         if phase.trains is Part.TAIL:
@@ -126,7 +136,7 @@ def train_arm(name: str, source: data.Source, settings: Settings, batches: Batch
         # (median ratio 0.98 with the head alone, 1.06 with the tail; single pairs from 0.5 to 2)
         model.compile(optimizer, loss, metrics=["accuracy"])
         model.fit(
-            batches.train,
+            train,
             initial_epoch=done,
             epochs=done + phase.epochs,
             validation_data=batches.validation,
@@ -137,34 +147,38 @@ def train_arm(name: str, source: data.Source, settings: Settings, batches: Batch
     return float(model.evaluate(batches.test, verbose=0, return_dict=True)["accuracy"])
 
 
-def measure(variant: Callable[[data.Source, Settings], Batches], settings: Settings) -> dict[str, dict[str, float]]:
-    """Return for each arm its seconds, those of them spent on filling the cache, and its test accuracy.
+def measure(variant: Callable[[data.Source, Settings], Batches], settings: Settings) -> list[dict[str, Any]]:
+    """Return for each arm and fraction its seconds, those of them spent on filling the cache, and its test accuracy.
 
-    The data sets are made once, as in a notebook; the first arm bears their cost, as it does in the job.
+    The data sets are made once, as in a notebook; the first result bears their cost, as it does in the job.
     """
     keras.utils.set_random_seed(settings.training.seeds[0])  # the order of the photos is drawn from it too
     source = data.open_source(settings.data)
-    arms: dict[str, dict[str, float]] = {}
+    results: list[dict[str, Any]] = []
     batches = None
-    for name in settings.training.arms:
+    for name, fraction in itertools.product(settings.training.arms, settings.data.train_fractions):
         start = time.perf_counter()
-        first = batches is None
         batches = batches or variant(source, settings)
-        accuracy = train_arm(name, source, settings, batches)
-        arms[name] = {
-            "seconds": time.perf_counter() - start,
-            "data_seconds": batches.seconds if first else 0.0,
-            "test_accuracy": accuracy,
-            "test_examples": source.splits["test"].examples,
-        }
-    return arms
+        examples = max(1, round(fraction * source.splits["train"].examples))
+        accuracy = train_arm(name, source, settings, batches, examples)
+        results.append(
+            {
+                "arm": name,
+                "train_examples": examples,
+                "seconds": time.perf_counter() - start,
+                "data_seconds": 0.0 if results else batches.seconds,
+                "test_accuracy": accuracy,
+                "test_examples": source.splits["test"].examples,
+            }
+        )
+    return results
 
 
 def main(name: str) -> None:
     settings = load()
     runtime.start(settings.runtime)
-    arms = measure(VARIANTS[name], settings)
-    sys.stdout.write(json.dumps({"variant": name, "arms": arms}) + "\n")
+    results = measure(VARIANTS[name], settings)
+    sys.stdout.write(json.dumps({"variant": name, "results": results}) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from job.features import Features, mean_and_deviation
 from job.model import Classifier, Head
 from job.row_cache import RowCache
 from job.settings import load
-from job.steps import Stage
+from job.stages import Stage
 from job.training import Trainer
 from tests.real import CATS, FLOWERS, SOLAR, Real
 

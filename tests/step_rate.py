@@ -23,7 +23,8 @@ from job import console, data, planning, runtime
 from job.arms import ARMS
 from job.experiment import Experiment
 from job.settings import load
-from job.steps import PhaseRun, Stage, Steps, whole_feed
+from job.stages import Stage
+from job.steps import PhaseRun, Steps, whole_feed
 from tests.bench import DEFAULT
 from tests.real import CATS
 

@@ -15,27 +15,35 @@ from job import manifest
 from job.manifest import SCHEMA_VERSION, Manifest, Record, json_schema
 
 # The names that readers of a bucket depend on, in the order of the README. The settings' own names are free here.
-METRICS = ["examples", "loss", "accuracy", "accuracy_interval", "auc", "calibration_error", "confusion", "per_class"]
+METRICS = [
+    *("examples", "loss", "accuracy", "accuracy_interval", "auc", "calibration_error", "reliability"),
+    *("confusion", "per_class"),
+]
 PER_CLASS = ["name", "precision", "recall", "f1", "support"]
 SPLITS = ["train", "validation", "test"]
 RESULT = [
     *("arm", "train_fraction", "seed", "train_examples", "resumed", "parameters", "history", "metrics", "batch_norm"),
-    *("rows", "seconds", "examples_per_second", "cost", "saved_model"),
+    *("most_wrong", "rows", "seconds", "examples_per_second", "energy_joules", "cost", "saved_model"),
 ]
 NAMES = {
     "": [
         *("schema_version", "run_id", "created", "fingerprint", "settings", "environment", "dataset", "backbone"),
-        *("results", "comparisons", "artifacts"),
+        *("results", "summaries", "verdict", "comparisons", "artifacts"),
     ],
     "environment": [
         *("python", "tensorflow", "keras", "tensorflow_datasets", "job"),
         *("devices", "workers", "precision", "xla", "deterministic"),
     ],
-    "dataset": ["name", "version", "classes", "skipped_examples", "duplicates_across_splits", "splits"],
+    "dataset": [
+        *("name", "version", "classes", "skipped_examples", "duplicates_across_splits", "duplicates", "splits"),
+        *("licence", "citation", "homepage"),
+    ],
+    "dataset.duplicates": ["kind", "examples"],
+    "dataset.duplicates.examples": ["split", "example_id"],
     "dataset.splits": SPLITS,
     **{f"dataset.splits.{split}": ["expression", "examples"] for split in SPLITS},
     "backbone": ["name", "image_size", "layers", "parameters", "weights"],
-    "backbone.weights": ["source", "sha256"],
+    "backbone.weights": ["source", "sha256", "licence"],
     "results": RESULT,
     "results.rows": ["cut", "row_bytes", "kept"],
     "results.parameters": ["total", "trainable", "backbone_trainable"],
@@ -44,10 +52,17 @@ NAMES = {
     ],
     "results.metrics": SPLITS,
     **{f"results.metrics.{split}": METRICS for split in SPLITS},
+    **{f"results.metrics.{split}.reliability": ["examples", "confidence", "accuracy"] for split in SPLITS},
     **{f"results.metrics.{split}.per_class": PER_CLASS for split in SPLITS},
+    "results.most_wrong": ["example_id", "label", "predicted", "label_probability", "predicted_probability"],
     "results.batch_norm": ["test_accuracy_raw", "test_accuracy_recalibrated"],
     "results.seconds": ["data", "features", "training", "evaluation", "export", "total"],
-    "comparisons": ["train_fraction", "better", "worse", "difference", "interval", "p_value", "method", "verdict"],
+    "summaries": [
+        *("arm", "train_fraction", "train_examples", "seeds", "test_accuracy", "interval", "method", "seconds", "cost"),
+    ],
+    "comparisons": [
+        *("train_fraction", "seeds", "better", "worse", "difference", "interval", "p_value", "method", "verdict"),
+    ],
     "artifacts": ["path", "bytes", "sha256", "crc32c"],
 }
 
@@ -63,6 +78,7 @@ def split_metrics(examples: int) -> dict[str, Any]:
         "accuracy_interval": [0.25, 0.75],
         "auc": 0.875,
         "calibration_error": 0.125,
+        "reliability": [{"examples": examples, "confidence": 0.625, "accuracy": 0.5}],
         "confusion": [[half, 0], [half, 0]],
         "per_class": [
             {"name": "cat", "precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": half},
@@ -94,15 +110,19 @@ def complete() -> dict[str, Any]:
             "version": "4.0.1",
             "classes": ["cat", "dog"],
             "skipped_examples": 1,
-            "duplicates_across_splits": 0,
+            "duplicates_across_splits": 1,
+            "duplicates": [{"kind": "near", "examples": [{"split": "train", "example_id": "a__0"}]}],
             "splits": {name: {"expression": f"{name}[:{size}]", "examples": size} for name, size in sizes.items()},
+            "licence": "CC BY 2.0",
+            "citation": "A paper",
+            "homepage": "https://example.com",
         },
         "backbone": {
             "name": "MobileNetV2",
             "image_size": 160,
             "layers": 154,
             "parameters": 2257984,
-            "weights": {"source": "gs://bucket/weights.h5", "sha256": "a" * 64},
+            "weights": {"source": "gs://bucket/weights.h5", "sha256": "a" * 64, "licence": "MIT"},
         },
         "results": [
             {
@@ -125,16 +145,41 @@ def complete() -> dict[str, Any]:
                 ],
                 "metrics": {name: split_metrics(size) for name, size in sizes.items()},
                 "batch_norm": {"test_accuracy_raw": 0.4, "test_accuracy_recalibrated": 0.5},
+                "most_wrong": [
+                    {
+                        "example_id": "a__1",
+                        "label": "cat",
+                        "predicted": "dog",
+                        "label_probability": 0.25,
+                        "predicted_probability": 0.75,
+                    }
+                ],
                 "seconds": dict.fromkeys(seconds, 1.25),
                 "rows": {"cut": "block_10_project_BN", "row_bytes": 38400, "kept": "disk"},
                 "examples_per_second": 20.0,
+                "energy_joules": 12.5,
                 "cost": 0.25,
                 "saved_model": "arms/scratch/fraction-1/seed-0/saved_model",
             }
         ],
+        "summaries": [
+            {
+                "arm": "scratch",
+                "train_fraction": 1.0,
+                "train_examples": 30,
+                "seeds": [0],
+                "test_accuracy": 0.5,
+                "interval": [0.25, 0.75],
+                "method": "Wilson",
+                "seconds": 1.25,
+                "cost": 0.25,
+            }
+        ],
+        "verdict": "No difference shown.",
         "comparisons": [
             {
                 "train_fraction": 1.0,
+                "seeds": [0],
                 "better": "fine_tune",
                 "worse": "scratch",
                 "difference": 0.1,
@@ -198,7 +243,9 @@ def shown(at: Path) -> str:
 FIELDS = [at for at, _ in places(complete()) if at and isinstance(at[-1], str)]
 OBJECTS = [at for at, value in places(complete()) if isinstance(value, dict) and at != ("settings",)]
 FLOATS = [at for at, value in places(complete()) if isinstance(value, float)]
-OPTIONAL = [("results", 0, "batch_norm"), ("results", 0, "cost")]
+OPTIONAL = [("results", 0, name) for name in ("batch_norm", "energy_joules", "cost")] + [("summaries", 0, "cost")]
+# What the contract's list does not name; a reader finds it empty or null where it is missing.
+ADDED = {"duplicates", "licence", "citation", "homepage", "reliability", "most_wrong", "summaries", "verdict", "seeds"}
 
 
 def test_the_field_names_are_the_published_ones() -> None:
@@ -255,7 +302,7 @@ def test_settings_may_have_any_name() -> None:
     assert accepted(changed(("settings", "extra"), 1))
 
 
-@pytest.mark.parametrize("at", [at for at in FIELDS if at not in OPTIONAL], ids=shown)
+@pytest.mark.parametrize("at", [at for at in FIELDS if at not in OPTIONAL and at[-1] not in ADDED], ids=shown)
 def test_a_missing_field_is_refused(at: Path) -> None:
     assert not accepted(changed(at))
 
@@ -294,7 +341,7 @@ def test_a_number_that_is_not_finite_is_refused_everywhere(value: float) -> None
 
 
 def test_the_null_that_json_has_in_place_of_nan_is_refused() -> None:
-    nullable = [at for at in FLOATS if at[-1] == "auc"] + [("results", 0, "cost")]
+    nullable = [at for at in FLOATS if at[-1] in ("auc", "cost", "energy_joules")]
     for at in FLOATS:
         assert accepted(changed(at, None)) == (at in nullable), at
 
@@ -325,7 +372,7 @@ def test_a_value_that_cannot_be_is_refused(at: Path, value: Any) -> None:
     assert not accepted(changed(at, value))
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "cost"])
+@pytest.mark.parametrize("name", ["batch_norm", "energy_joules", "cost"])
 def test_what_does_not_apply_is_absent_not_null(name: str) -> None:
     for document in (changed(("results", 0, name)), changed(("results", 0, name), None)):
         (result,) = json.loads(Manifest.model_validate(document).to_json())["results"]

@@ -12,8 +12,9 @@ import tensorflow as tf
 from job.arms import Part
 from job.backbone_table import BACKBONES
 from job.backbones import build, first_trainable, preprocessing
+from job.chance import Chance
 from job.cuts import candidates
-from job.model import Classifier, Dropout, Head
+from job.model import Classifier, Head
 
 
 def classifier(name: str, size: int = 64, head: Head | None = None) -> Classifier:
@@ -83,7 +84,7 @@ def test_dropout_is_a_function_of_its_seed_and_absent_without_one() -> None:
     features = tf.ones((8, 16))
 
     def drop(seed: list[int] | None) -> Any:
-        return np.asarray(head(features, dropout=None if seed is None else Dropout(tf.constant(seed, tf.int32))))
+        return np.asarray(head(features, chance=None if seed is None else Chance(tf.constant(seed, tf.int32))))
 
     np.testing.assert_array_equal(drop(None), features)
     np.testing.assert_array_equal(drop([1, 2]), drop([1, 2]))

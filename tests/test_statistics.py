@@ -1,21 +1,41 @@
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 from scipy import special, stats
 from sklearn import metrics
+from sklearn.calibration import calibration_curve
+from statsmodels.formula.api import ols
+from statsmodels.stats.anova import anova_lm
+from statsmodels.stats.contingency_tables import mcnemar
 
+from job.manifest import Bin
 from job.statistics import (
     PairedTest,
     accuracy_interval,
+    accuracy_interval_over_seeds,
     auc,
     calibration_error,
     cross_entropy,
+    mean_squares,
     paired_test,
+    paired_test_over_seeds,
+    reliability,
     split_metrics,
+)
+from tests.simulations import (
+    MONTE_CARLO,
+    World,
+    called_different,
+    called_different_by_one_seed,
+    coverage_of_a_difference,
+    coverage_of_a_model,
+    coverage_of_an_arm,
+    same_arm,
 )
 
 Z = 1.959963984540054
@@ -182,6 +202,38 @@ def test_calibration_error_of_several_classes_looks_at_the_top_probability() -> 
     assert calibration_error(np.array([0, 2, 1, 1]), probabilities) == pytest.approx(0.25)
 
 
+def test_the_bins_of_reliability_add_up_to_the_calibration_error() -> None:
+    rng = np.random.default_rng(8)
+    labels = rng.integers(0, 3, 500)
+    probabilities = published(rng.normal(0, 2, (500, 3)) + np.eye(3)[labels])
+    bins = reliability(labels, probabilities)
+    assert sum(each.examples for each in bins) == 500
+    gaps = sum(each.examples / 500 * abs(each.confidence - each.accuracy) for each in bins)
+    assert gaps == pytest.approx(calibration_error(labels, probabilities), rel=1e-12)
+    assert gaps > 0.02
+
+
+def test_reliability_is_scikit_learns_calibration_curve_of_the_top_probability() -> None:
+    rng = np.random.default_rng(9)
+    labels = rng.integers(0, 2, 400)
+    probabilities = published(rng.normal(0, 2, (400, 2)))
+    correct, confidence = calibration_curve(
+        probabilities.argmax(axis=1) == labels, probabilities.max(axis=1).astype(float), n_bins=15
+    )
+    bins = reliability(labels, probabilities)
+    assert [each.accuracy for each in bins] == pytest.approx(correct)
+    assert [each.confidence for each in bins] == pytest.approx(confidence)
+    assert len(bins) == 8  # of fifteen: the top probability of two is at least a half
+
+
+def test_bins_without_examples_are_left_out_and_certainty_is_in_the_last() -> None:
+    bins = reliability(*of_two([0.55, 0.95, 1.0], [True, False, True]))
+    assert bins == (
+        Bin(examples=1, confidence=0.55, accuracy=1.0),
+        Bin(examples=2, confidence=0.975, accuracy=0.5),
+    )
+
+
 # --- split_metrics -----------------------------------------------------------------------------------------------
 
 
@@ -203,6 +255,7 @@ def test_the_metrics_of_a_split_agree_with_each_other() -> None:
     assert found.loss == pytest.approx(metrics.log_loss(labels, special.softmax(logits.astype(float), axis=1)))
     assert found.auc == auc(labels, probabilities)
     assert found.calibration_error == calibration_error(labels, probabilities)
+    assert found.reliability == reliability(labels, probabilities)
     assert tuple(each.name for each in found.per_class) == names
     for k, each in enumerate(found.per_class):
         true, of_class, of_prediction = confusion[k, k], confusion[k].sum(), confusion[:, k].sum()
@@ -262,6 +315,13 @@ def test_the_p_value_is_twice_the_binomial_tail_whoever_is_ahead() -> None:
     for only_a, only_b in ((25, 12), (12, 25), (40, 41), (3, 90)):
         tail = stats.binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)
         assert paired_test(*models(100, only_a, only_b)).p_value == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+
+
+def test_the_p_value_is_that_of_statsmodels() -> None:
+    for both, only_a, only_b in product((0, 40, 900), (0, 1, 2, 5, 13, 40, 150), (0, 1, 3, 8, 21, 60)):
+        if both + only_a + only_b:
+            reference = mcnemar([[both, only_a], [only_b, 7]], exact=True).pvalue
+            assert paired_test(*models(both, only_a, only_b, 7)).p_value == pytest.approx(reference, rel=1e-9)
 
 
 def test_examples_on_which_both_agree_do_not_move_the_p_value() -> None:
@@ -359,6 +419,176 @@ def test_the_verdict_on_no_difference_says_so_with_the_same_figures() -> None:
     assert PairedTest(0.01, (0.0, 0.02), 0.05).verdict("frozen", "scratch").startswith("No difference shown")
 
 
+def test_the_verdict_tells_what_both_had_in_common() -> None:
+    shown, not_shown = PairedTest(0.081, (0.0066, 0.1562), 0.0213), PairedTest(0.01, (-0.02, 0.04), 0.6)
+    assert shown.verdict("a", "b", "over 5 seeds").startswith("a is better than b over 5 seeds: +8.1 points")
+    assert not_shown.verdict("a", "b", "over 5 seeds").startswith("No difference shown between a and b over 5 seeds: +")
+
+
 def test_the_verdict_follows_from_the_test() -> None:
     assert paired_test(*models(80, 9, 1, 10)).verdict("a", "b").startswith("a is better than b: +8.0 points")
     assert paired_test(*models(80, 8, 2, 10)).verdict("a", "b").startswith("No difference shown between a and b: +6.0")
+
+
+# --- over seeds --------------------------------------------------------------------------------------------------
+
+
+def outcomes(seed: int, shape: tuple[int, int], accuracy: float = 0.8, of_seeds: float = 0.2) -> npt.NDArray[np.bool_]:
+    rng = np.random.default_rng(seed)
+    score = rng.normal(0, 1, shape) + rng.normal(0, 1.2, (1, shape[1])) + rng.normal(0, of_seeds, (shape[0], 1))
+    return np.asarray(score < special.ndtri(accuracy) * 1.6)
+
+
+def test_the_mean_squares_are_those_of_statsmodels() -> None:
+    values = outcomes(0, (3, 12)).astype(float)
+    seed, photo = np.indices(values.shape)
+    frame = pd.DataFrame({"value": values.ravel(), "seed": seed.ravel(), "photo": photo.ravel()})
+    table = anova_lm(ols("value ~ C(photo) + C(seed)", frame).fit())
+    reference = [table["mean_sq"][source] for source in ("C(photo)", "C(seed)", "Residual")]
+    assert mean_squares(values) == pytest.approx(reference, rel=1e-9)
+    assert min(reference) > 0
+
+
+def test_the_variance_of_the_mean_is_gallas_one_shot_estimate() -> None:
+    # B. D. Gallas (2006), Academic Radiology 13, 353-362: the squared mean, less the mean product of two outcomes
+    # that share neither seed nor photo, which has the square of the true mean as its expectation
+    values = outcomes(1, (3, 7)).astype(float)
+    apart = [
+        values[s, i] * values[t, j]
+        for s, t in product(range(3), repeat=2)
+        for i, j in product(range(7), repeat=2)
+        if s != t and i != j
+    ]
+    of_photos, of_seeds, residual = mean_squares(values)
+    assert (of_photos + of_seeds - residual) / 21 == pytest.approx(values.mean() ** 2 - np.mean(apart), rel=1e-9)
+
+
+@pytest.mark.parametrize("correct", [0, 1, 60, 97, 100])
+def test_at_one_seed_the_interval_over_seeds_is_wilsons(correct: int) -> None:
+    hits = np.arange(100) < correct
+    assert accuracy_interval_over_seeds(hits[np.newaxis]) == accuracy_interval(correct, 100)
+
+
+def test_at_one_seed_the_interval_of_the_difference_over_seeds_is_agresti_and_mins() -> None:
+    for counts in ((70, 12, 4, 14), (50, 0, 0), (5, 40, 1)):
+        a, b = models(*counts)
+        assert paired_test_over_seeds(a[np.newaxis], b[np.newaxis]).interval == paired_test(a, b).interval
+
+
+def test_seeds_that_agree_on_every_photo_tell_no_more_than_one() -> None:
+    a, b = models(180, 12, 4, 4)
+    copies = np.tile(a, (5, 1)), np.tile(b, (5, 1))
+    # not exactly equal: Student's t with 199 degrees of freedom stands for the normal distribution
+    assert accuracy_interval_over_seeds(copies[0]) == pytest.approx(accuracy_interval(192, 200), abs=5e-4)
+    assert paired_test_over_seeds(*copies).interval == pytest.approx(paired_test(a, b).interval, abs=5e-4)
+
+
+def test_seeds_that_err_on_different_photos_tell_more_and_seeds_of_unlike_accuracy_tell_less() -> None:
+    def width(hits: npt.NDArray[np.bool_]) -> float:
+        low, high = accuracy_interval_over_seeds(hits)
+        return high - low
+
+    photos = np.arange(500)
+    same = np.stack([photos >= 50] * 5)
+    different = np.stack([(photos < 50 * k) | (photos >= 50 * k + 50) for k in range(5)])
+    unlike = np.stack([photos >= errors for errors in (10, 30, 50, 70, 90)])
+    assert same.mean() == different.mean() == unlike.mean() == 0.9
+    assert width(different) < 0.7 * width(same)
+    assert width(unlike) > 1.5 * width(same)
+
+
+def test_the_interval_over_seeds_stays_between_0_and_1_and_holds_the_accuracy() -> None:
+    for seed, seeds, photos, accuracy in product(range(5), (2, 5), (1, 2, 20), (0.05, 0.5, 0.97, 1.0)):
+        hits = outcomes(seed, (seeds, photos), accuracy)
+        low, high = accuracy_interval_over_seeds(hits)
+        assert 0 <= low <= hits.mean() <= high <= 1
+        assert low < high
+
+
+def test_photos_that_all_seeds_get_right_have_wilsons_interval() -> None:
+    assert accuracy_interval_over_seeds(np.ones((5, 100), bool)) == accuracy_interval(100, 100)
+
+
+def test_a_difference_is_shown_over_seeds_exactly_where_the_interval_leaves_0_out() -> None:
+    shown = 0
+    for seed, seeds, accuracy in product(range(60), (2, 3, 5), (0.8, 0.85, 0.9)):
+        found = paired_test_over_seeds(outcomes(seed, (seeds, 80), accuracy), outcomes(seed + 100, (seeds, 80), 0.7))
+        low, high = found.interval
+        assert found.shows == (not low <= 0 <= high)
+        shown += found.shows
+    assert 50 < shown < 500
+
+
+def test_swapped_arms_give_the_mirrored_result() -> None:
+    a, b = outcomes(2, (3, 60), 0.9), outcomes(3, (3, 60), 0.7)
+    forth, back = paired_test_over_seeds(a, b), paired_test_over_seeds(b, a)
+    assert back.difference == -forth.difference
+    assert back.interval == pytest.approx((-forth.interval[1], -forth.interval[0]), abs=1e-15)
+    assert back.p_value == pytest.approx(forth.p_value, rel=1e-12)
+
+
+def test_arms_with_the_same_answers_show_no_difference_over_seeds() -> None:
+    hits = outcomes(4, (3, 60))
+    found = paired_test_over_seeds(hits, hits)
+    assert (found.difference, found.p_value, found.shows) == (0, 1, False)
+    assert found.interval[0] < 0 < found.interval[1]
+
+
+# In the simulations 95% of 2,000 draws may come out as 93.5% by chance (three standard errors): that is the bound.
+# seed_effect 0.3 is a standard deviation of 5 points between the accuracies of one arm's seeds at an accuracy of
+# 0.8, and of 1.2 at 0.97. ``python -m tests.simulations`` prints the whole table.
+COVERED = 0.95 - MONTE_CARLO
+
+
+@pytest.mark.parametrize(("accuracy", "photos"), [(0.97, 100), (0.97, 1000), (0.8, 1000)])
+def test_the_interval_of_one_model_covers_its_accuracy(accuracy: float, photos: int) -> None:
+    assert COVERED <= coverage_of_a_model(World((accuracy,), photos, 1, seed_effect=0.3)) <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "photos", "seeds", "seed_effect"),
+    [(0.97, 100, 5, 0.0), (0.97, 1000, 5, 0.3), (0.8, 1000, 5, 0.3), (0.8, 100, 3, 0.3), (0.8, 1000, 2, 0.3)],
+)
+def test_the_interval_over_seeds_covers_the_accuracy_of_the_arm(
+    accuracy: float, photos: int, seeds: int, seed_effect: float
+) -> None:
+    assert coverage_of_an_arm(World((accuracy,), photos, seeds, seed_effect)) >= COVERED
+
+
+def test_one_models_interval_does_not_cover_the_accuracy_of_the_arm_where_seeds_vary() -> None:
+    world = World((0.8,), 1000, 1, seed_effect=0.3)
+    assert coverage_of_a_model(world) >= COVERED
+    assert coverage_of_an_arm(world, 500) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "photos", "seeds", "seed_effect"),
+    [
+        ((0.97, 0.95), 100, 5, 0.0),
+        ((0.97, 0.95), 1000, 3, 0.1),
+        ((0.8, 0.75), 1000, 5, 0.3),
+        ((0.8, 0.75), 100, 3, 0.3),
+        ((0.8, 0.75), 1000, 2, 0.3),
+    ],
+)
+def test_the_interval_of_the_difference_over_seeds_covers_the_truth(
+    accuracies: tuple[float, float], photos: int, seeds: int, seed_effect: float
+) -> None:
+    assert coverage_of_a_difference(World(accuracies, photos, seeds, seed_effect))[0] >= COVERED
+
+
+def test_a_difference_of_2_points_is_found_over_5_seeds() -> None:
+    assert called_different(World((0.97, 0.95), 1000, 5, seed_effect=0.1)) > 0.8
+
+
+@pytest.mark.parametrize(("accuracy", "seeds"), [(0.97, 2), (0.97, 3), (0.8, 5)])
+def test_two_sets_of_runs_of_one_arm_are_rarely_called_different_over_seeds_but_often_by_one_seed(
+    accuracy: float, seeds: int
+) -> None:
+    world = same_arm(World((accuracy,), 1000, seeds, seed_effect=0.3))
+    assert called_different(world) <= 0.05 + MONTE_CARLO
+    assert called_different_by_one_seed(world, 500) > 0.3
+
+
+def test_where_seeds_do_not_vary_one_seed_is_enough() -> None:
+    assert called_different_by_one_seed(same_arm(World((0.8,), 200, 1, seed_effect=0.0))) <= 0.05 + MONTE_CARLO

@@ -26,7 +26,8 @@ from job.row_files import RowFileWriter
 from job.rows import Rows
 from job.runtime import derived_seed
 from job.settings import TrainingSettings
-from job.steps import Stage, whole_feed
+from job.stages import Stage
+from job.steps import whole_feed
 from job.training import Saving, Trainer
 
 FEATURES = 6
