@@ -14,6 +14,7 @@ from job import event_files
 from job.errors import JobError
 from job.manifest import Epoch, Result
 from job.storage import Store
+from job.store import LocalStore
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +92,16 @@ class Board:
             if record is None and (busy or time.monotonic() - self._told < _SECONDS_BETWEEN):
                 return
             self._told = time.monotonic()
-            path = event_files.write(self._folder / place, str(place), chosen, history, started, record)
-            self._future = self._pool.submit(self._put, self._store, f"{place}/{path.name}", path.read_bytes())
+            # in place where that can be: TensorBoard reads on in the file that it has open, and sees none in its stead
+            local = isinstance(self._store, LocalStore)
+            folder = Path(self._store.uri) if local else self._folder
+            try:
+                path = event_files.write(folder / place, str(place), chosen, history, started, record)
+            except OSError as error:
+                logger.warning("TensorBoard is not shown %s: %s", place, error)
+                return
+            if not local:
+                self._future = self._pool.submit(self._put, self._store, f"{place}/{path.name}", path.read_bytes())
 
         return tell
 

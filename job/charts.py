@@ -206,7 +206,9 @@ def learning_curves(
         _percent(below)
         below.set_ylim(*accuracies)
         below.set_xlabel("epoch")
-        below.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        below.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        if max(len(seed.train_loss) for seed in seeds) == 1:
+            below.set_xlim(0.5, 1.5)
         figure.legend(loc="upper left", ncols=2, borderaxespad=0.2)
         _margins(figure, left=58, right=12, top=32, bottom=46)
         figure.subplots_adjust(hspace=0.14)

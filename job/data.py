@@ -16,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from job.errors import ConfigError
 from job.replicas import Replicas
-from job.rows import Rows, decode_image, decode_rows, duplicates_across_splits, stratified_subset
+from job.rows import Rows, decode_image, decode_rows, stratified_subset
 from job.shares import together
 from job.source import TFDS_VERSION, Source, Split, open_source, storage_errors
 from job.splits import SPLIT_VARIABLES
@@ -28,7 +28,6 @@ __all__ = [
     "Source",
     "Split",
     "decode_image",
-    "duplicates_across_splits",
     "first_rows",
     "open_source",
     "read_splits",

@@ -152,7 +152,7 @@ class Experiment:
             rows=_rows_read(last),
             seconds=seconds,
             examples_per_second=_rate(trained),
-            energy_joules=None if energy is None or trained.resumed else (self._meter.joules() or energy) - energy,
+            energy_joules=_used(energy, self._meter.joules()) if not trained.resumed else None,
             cost=None if price is None else seconds.total / 3600 * price,
             saved_model=f"{where}/saved_model",
         )
@@ -302,6 +302,10 @@ def _rows_read(stage: Stage) -> manifest.RowsRead:
     return manifest.RowsRead(
         cut=cut.name, row_bytes=row_bytes, kept="memory" if isinstance(values, np.ndarray) else "disk"
     )
+
+
+def _used(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
 
 
 def _rate(trained: Trained) -> float:

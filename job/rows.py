@@ -1,4 +1,4 @@
-"""Examples as rows with ids: one way to decode for training and serving, duplicates, nested subsets."""
+"""Examples as rows with ids: one way to decode for training and serving, nested subsets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,17 +202,6 @@ def _decode_one(decode: Callable[[Any], Any], encoded: bytes) -> tuple[npt.NDArr
             return decode(tf.constant(encoded)).numpy(), digest
     except tf.errors.InvalidArgumentError:
         return None, digest
-
-
-def duplicates_across_splits(rows: Mapping[str, Rows]) -> int:
-    """Return how many distinct encoded images occur in more than one split."""
-    seen: dict[bytes, str] = {}
-    shared = set()
-    for split, part in rows.items():
-        for digest in part.digests:
-            if seen.setdefault(digest, split) != split:
-                shared.add(digest)
-    return len(shared)
 
 
 def stratified_subset(labels: npt.NDArray[np.integer[Any]], fraction: float, seed: int) -> npt.NDArray[np.int64]:

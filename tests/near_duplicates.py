@@ -1,10 +1,10 @@
 """How far photos encoded anew lie from their originals, and how near different ones come, as job/duplicates.py tells.
 
-    python -m tests.near_duplicates [SIZE ...]    a quarter of an hour on two cores; ends in JSON
+    python -m tests.near_duplicates [SIZE ...]    ten minutes on two cores; ends in JSON
 
 Of each real data set, 200 photos are encoded anew in every way of ``WAYS``; the copies of a way are the test split and
 all photos of the set the train split of a search like the job's. Then the photos themselves are dealt to three splits,
-and what is found there is listed: these pairs want looking at. Sizes are 32, 160 and 224 px unless told.
+and what is found there is listed: these pairs want looking at. Sizes are 32 and 160 px unless told.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def nearest(all_of: npt.NDArray[np.float32]) -> list[float]:
 
 
 def main() -> None:
-    sizes = [int(each) for each in sys.argv[1:]] or [32, 160, 224]
+    sizes = [int(each) for each in sys.argv[1:]] or [32, 160]
     told: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as name:
         for dataset in ("solar_cells", "tf_flowers", "cats_vs_dogs"):

@@ -149,6 +149,7 @@ def plain(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> di
 
 
 # An arm each: Keras traces every phase anew, ten seconds a time on a slow core.
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "arm"), [("tuned", "fine_tune"), ("article", "frozen")])
 def test_plain_keras_trains(variant: str, arm: str, plain: dict[str, str], tmp_path: Path) -> None:
     measured = run_plain(variant, plain | {"TRANSFER_ARMS": arm}, tmp_path)

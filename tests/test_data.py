@@ -17,10 +17,8 @@ import tensorflow_datasets as tfds
 
 from job import settings
 from job.data import (
-    Rows,
     Source,
     decode_image,
-    duplicates_across_splits,
     open_source,
     read_splits,
     stratified_subset,
@@ -415,7 +413,6 @@ def test_odd_images_of_a_real_set_are_all_read(tmp_path: Path) -> None:
     source = open_with(folder, train_split="train", validation_split="validation", test_split="test")
     rows = read_splits(source, 8, tmp_path, 0.0)
     assert [len(read) for read in rows.values()] == [len(LOSSLESS)] * 3
-    assert duplicates_across_splits(rows) == len(LOSSLESS)
 
 
 def test_undecodable_images_are_left_out_up_to_the_bound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -503,20 +500,6 @@ def test_what_the_progress_callback_raises_ends_the_reading(photos: Path, tmp_pa
 
 
 # Rows
-
-
-def rows_of(*digests: bytes) -> Rows:
-    count = len(digests)
-    return Rows(tuple(map(str, range(count))), np.zeros(count, np.int32), np.zeros((count, 1)), digests)
-
-
-def test_duplicates_are_counted_once_and_only_across_splits() -> None:
-    rows = {
-        "train": rows_of(b"a", b"a", b"b", b"c"),
-        "validation": rows_of(b"d", b"b"),
-        "test": rows_of(b"b", b"c", b"e"),
-    }
-    assert duplicates_across_splits(rows) == 2
 
 
 def test_a_subset_is_nested_stratified_sorted_and_depends_on_the_seed() -> None:

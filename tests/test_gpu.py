@@ -64,9 +64,9 @@ GOOD = {"INIT": 0, "COUNT": 1, "VERSION": 13000, "MAJOR": 9, "MINOR": 0}
     [
         (None, "driver's library cannot be loaded", "NVIDIA Container Toolkit"),
         (GOOD | {"INIT": 803}, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "update its driver"),
-        (GOOD | {"COUNT": 0}, "lists no GPU", "CUDA_VISIBLE_DEVICES"),
+        pytest.param(GOOD | {"COUNT": 0}, "lists no GPU", "CUDA_VISIBLE_DEVICES", marks=pytest.mark.slow),
         # the suite's TensorFlow has no CUDA of its own
-        (GOOD, "CUDA's libraries are not installed", "[gpu]"),
+        pytest.param(GOOD, "CUDA's libraries are not installed", "[gpu]", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="a GPU with a driver of its own is attached")
@@ -94,8 +94,13 @@ def with_cuda(folder: Path) -> None:
             f"for CUDA 11.4 at most, and this TensorFlow needs CUDA {BUILD['cuda_version']}",
             "driver",
         ),
-        (GOOD | {"MAJOR": 5, "MINOR": 2}, "compute capability is 5.2, and this TensorFlow needs 6.0", "newer GPU"),
-        (GOOD, "CUDA or cuDNN cannot be loaded", "anew"),
+        pytest.param(
+            GOOD | {"MAJOR": 5, "MINOR": 2},
+            "compute capability is 5.2, and this TensorFlow needs 6.0",
+            "newer GPU",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(GOOD, "CUDA or cuDNN cannot be loaded", "anew", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.skipif(not BUILD["is_cuda_build"], reason="this TensorFlow is built for CPUs alone")
@@ -123,7 +128,7 @@ def test_without_a_gpu_and_a_wish_for_one_nothing_is_said(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="a GPU is attached")
-@pytest.mark.parametrize("verb", ["run", "plan"])
+@pytest.mark.parametrize("verb", ["run", pytest.param("plan", marks=pytest.mark.slow)])
 def test_the_job_is_refused_where_a_gpu_was_asked_for_and_none_is_there(
     small: dict[str, str], tmp_path: Path, verb: str
 ) -> None:

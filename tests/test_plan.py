@@ -107,7 +107,7 @@ def test_rows_that_are_kept_are_counted_on_and_left_alone(small: dict[str, str],
     assert {path.name: path.read_bytes() for path in (tmp_path / "cache" / "features").iterdir()} == before
 
 
-@pytest.mark.parametrize("verb", ["run", "plan"])
+@pytest.mark.parametrize("verb", [pytest.param("run", marks=pytest.mark.slow), "plan"])
 def test_images_that_fill_the_memory_are_refused_before_anything_is_built(
     small: dict[str, str], tmp_path: Path, verb: str
 ) -> None:
@@ -119,7 +119,9 @@ def test_images_that_fill_the_memory_are_refused_before_anything_is_built(
     assert "GB of memory, and " in problem["message"]
 
 
-@pytest.mark.parametrize("variable", ["TRANSFER_CHECKPOINT_URI", "AIP_CHECKPOINT_DIR"])
+@pytest.mark.parametrize(
+    "variable", ["TRANSFER_CHECKPOINT_URI", pytest.param("AIP_CHECKPOINT_DIR", marks=pytest.mark.slow)]
+)
 def test_a_place_for_checkpoints_that_cannot_be_written_is_refused_by_name(
     small: dict[str, str], tmp_path: Path, variable: str
 ) -> None:

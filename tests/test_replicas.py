@@ -100,7 +100,8 @@ def test_two_workers_train_as_one(
     verified(found[0])
 
 
-@pytest.mark.parametrize("lost", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
 def test_a_worker_that_is_killed_ends_the_other_which_goes_on_when_both_start_again(
     settings: dict[str, str], alone: tuple[Path, dict[str, Any]], tmp_path: Path, lost: int
 ) -> None:
@@ -143,7 +144,7 @@ def test_a_worker_that_is_asked_to_stop_stops_all_after_the_same_step(
     assert same(manifest_of(tmp_path / "output"), (alone[0], alone[1] | {"results": scratch})) <= 1e-5
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_worker_waits_for_the_others_aloud_and_can_be_stopped(
     settings: dict[str, str], tmp_path: Path, index: int
 ) -> None:
@@ -210,6 +211,7 @@ def test_a_lost_worker_is_noticed_where_nothing_is_exchanged_even_in_native_code
     assert "has gone" in done.stderr
 
 
+@pytest.mark.slow
 def test_plan_looks_at_one_worker_without_waiting_for_the_others(settings: dict[str, str], tmp_path: Path) -> None:
     found = []
     for told in ({}, {"TF_CONFIG": tf_config([free_port(), free_port(), free_port()], 1)}):

@@ -25,8 +25,11 @@ def test_seeds_and_fractions_share_one_pass_over_the_photos(small: dict[str, str
     order = [(result["train_fraction"], result["seed"], result["arm"]) for result in manifests[0]["results"]]
     assert order == [(f, s, arm) for f in (0.5, 1.0) for s in (0, 1) for arm in ("frozen", "fine_tune")]
     assert comparable(manifests[0]) == comparable(manifests[1])
-    assert len(manifests[0]["comparisons"]) == 4
+    compared = [(each["train_fraction"], each["seeds"]) for each in manifests[0]["comparisons"]]
+    assert compared == [(fraction, seeds) for fraction in (0.5, 1.0) for seeds in ([0, 1], [0], [1])]
     assert all("seed" in comparison["verdict"] for comparison in manifests[0]["comparisons"])
+    assert [len(summary["seeds"]) for summary in manifests[0]["summaries"]] == [2] * 4
+    assert "over 2 seeds" in manifests[0]["verdict"]
     # a result among many is the result alone
     alone = run_job(small | {"TRANSFER_ARMS": "fine_tune", "TRANSFER_SEEDS": "1", "TRANSFER_OUTPUT_URI": str(tmp_path)})
     assert alone.code == 0, alone.errors

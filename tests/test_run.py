@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import os
 import shutil
@@ -36,10 +37,33 @@ def test_the_run_holds_what_the_contract_lists_and_nothing_else(published: Publi
     listed = {artifact["path"] for artifact in published.manifest["artifacts"]} | {"manifest.json"}
     there = {path.relative_to(published.folder).as_posix() for path in published.folder.rglob("*") if path.is_file()}
     assert there == listed
-    assert "manifest.schema.json" in listed
+    top = {"manifest.json", "manifest.schema.json", "report.html", "arms", "tensorboard"}
+    assert {path.partition("/")[0] for path in listed} == top
     for arm in ARMS:
-        place = f"arms/{arm}/fraction-1/seed-0"
-        assert {f"{place}/predictions.csv", f"{place}/saved_model/saved_model.pb"} <= listed
+        place = f"{arm}/fraction-1/seed-0"
+        files = {f"arms/{place}/{name}" for name in ("predictions.csv", "model_card.md", "saved_model/saved_model.pb")}
+        assert files | {f"tensorboard/{place}/events.out.tfevents.0.result"} <= listed
+
+
+def test_the_report_answers_first_and_shows_the_photos_that_each_arm_got_wrong(published: Published) -> None:
+    page = (published.folder / "report.html").read_text(encoding="utf-8")
+    assert published.manifest["verdict"] in html.unescape(page)
+    wrong = {one["example_id"] for result in published.manifest["results"] for one in result["most_wrong"]}
+    assert wrong
+    assert page.count("data:image/jpeg;base64,") == sum(
+        len(result["most_wrong"]) for result in published.manifest["results"]
+    )
+
+
+def test_what_a_model_got_most_wrong_is_what_its_predictions_say(published: Published) -> None:
+    for result in published.manifest["results"]:
+        path = published.folder / Path(result["saved_model"]).parent / "predictions.csv"
+        with path.open(newline="") as file:
+            rows = [(row[0], int(row[1]), [float(value) for value in row[2:]]) for row in list(csv.reader(file))[1:]]
+        wrong = [row for row in rows if max(row[2]) != row[2][row[1]]]
+        wrong.sort(key=lambda row: row[2][row[1]])
+        told = [(one["example_id"], one["label"], one["label_probability"]) for one in result["most_wrong"]]
+        assert told == [(name, CLASSES[label], pytest.approx(p[label])) for name, label, p in wrong[:12]]
 
 
 def test_the_manifest_says_what_was_run(published: Published) -> None:
@@ -182,11 +206,13 @@ def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
         del kept["settings"][name]
     del kept["backbone"]["weights"]["source"]
     for result in kept["results"]:
-        for name in ("seconds", "examples_per_second"):
-            del result[name]
-        result.pop("cost", None)
+        for name in ("seconds", "examples_per_second", "energy_joules", "cost"):
+            result.pop(name, None)
         for epoch in result["history"]:
             del epoch["seconds"]
+    for summary in kept["summaries"]:
+        for name in ("seconds", "cost"):
+            summary.pop(name, None)
     kept["settings"].pop("cost_per_hour")
     return dict(kept)
 
@@ -213,6 +239,7 @@ def test_from_bucket_to_bucket_gives_the_same_manifest(
                 "TRANSFER_WEIGHTS": "gs://data/mobilenet.weights.h5",
                 "TRANSFER_OUTPUT_URI": "gs://results/some/prefix",
                 "AIP_MODEL_DIR": "gs://models/best",
+                "AIP_TENSORBOARD_LOG_DIR": "gs://models/logs",
             }
         )
         done = run_job(environment)
@@ -222,6 +249,8 @@ def test_from_bucket_to_bucket_gives_the_same_manifest(
         assert verified.code == 0, verified.errors
         fetched = json.loads(_fetch(server, "results", f"some/prefix/{run_id}/manifest.json"))
         assert _fetch(server, "models", "best/saved_model.pb")
+        watched = f"logs/{run_id}/fine_tune/fraction-1/seed-0/events.out.tfevents.0.result"
+        assert b"test/accuracy" in _fetch(server, "models", watched)
     assert comparable(fetched) == comparable(published.manifest)
     predictions = [a["sha256"] for a in fetched["artifacts"] if a["path"].endswith("predictions.csv")]
     assert predictions == [
