@@ -35,7 +35,11 @@ test: install  ## the test suite, without the long tests
 
 .PHONY: test-real
 test-real: install  ## the long tests: real photos and ImageNet weights from ../shared, about an hour on two cores
-	$(BIN)/python -m pytest -m slow -rs
+	$(BIN)/python -m pytest -m slow -rs --ignore tests/test_every_backbone.py
+
+.PHONY: test-backbones
+test-backbones: install  ## every backbone trains in three arms, is exported and serves what was measured; two hours
+	$(BIN)/python -m pytest tests/test_every_backbone.py -m slow -n 0 -rs --durations=0
 
 .PHONY: solar-paper
 solar-paper: install  ## the solar cells as in the paper (224 px, 656 test cells)
@@ -52,6 +56,10 @@ recipe-tails: install  ## measure fine-tuning rates on three data sets; about an
 .PHONY: bench
 bench: install  ## the job beside plain Keras on cats_vs_dogs from ../shared: tables for the README; two hours
 	$(BIN)/python -m tests.bench
+
+.PHONY: learning-curve
+learning-curve: install  ## accuracy by examples: 40 results of the job beside 8 of tuned Keras, from ../shared; an hour
+	$(BIN)/python -m tests.learning_curve
 
 .PHONY: lint
 lint: install  ## ruff and strict mypy
