@@ -16,6 +16,7 @@ from tests.conftest import ROOT, Published, run_job
 from tests.real import read_env_file
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDES = ("deploy/vertex/README.md", "deploy/kubernetes/README.md", "deploy/serving/README.md")
 ENV_FILES = sorted(path.stem for path in (ROOT / "deploy" / "env").glob("*.env"))
 
 
@@ -24,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -42,7 +43,32 @@ def test_the_settings_of_the_example_are_accepted() -> None:
     exported = dict(word.split("=", 1) for words in commands() if words[0] == "export" for word in words[1:])
     settings = load(exported)
     assert settings.output.output_uri == exported["TRANSFER_OUTPUT_URI"]
-    assert len(exported) == 6
+    assert len(exported) == 8
+    assert (len(settings.training.seeds), len(settings.data.train_fractions)) == (5, 4)
+
+
+def test_the_commands_for_clouds_and_serving_are_those_that_their_own_guides_have_and_test() -> None:
+    guides = "".join((ROOT / path).read_text(encoding="utf-8") for path in GUIDES)
+    programs = re.compile(r"^ *(?:gcloud|kubectl|printf|curl) ", re.MULTILINE)
+    elsewhere = [block for block in blocks("sh") if programs.search(block)]
+    assert len(elsewhere) == 3
+    for line in "".join(elsewhere).splitlines():
+        assert f"{line}\n" in guides
+
+
+def test_the_command_for_tensorboard_reads_the_published_logs(published: Published) -> None:
+    (words,) = (words for words in commands() if words[0] == "tensorboard")
+    assert words[:2] == ["tensorboard", "--logdir"]
+    folder = words[2].replace("output/RUN_ID", str(published.folder))
+    # --inspect prints what would be shown, instead of showing it
+    done = subprocess.run(
+        [Path(sys.executable).parent / "tensorboard", "--logdir", folder, "--inspect"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "test/accuracy" in done.stdout
+    assert "fine_tune/fraction-1/seed-0" in done.stdout
 
 
 def test_the_commands_of_the_example_run(published: Published, small: dict[str, str]) -> None:

@@ -34,7 +34,7 @@ def test_each_arm_reaches_its_test_accuracy(experiment: tuple[Real, dict[str, An
     reached = accuracies(manifest)
     short = {arm for arm, floor in real.floors.items() if reached[arm] < floor}
     if real is SOLAR:
-        # 0.854 was reached without augmentation, which this version does not have (README, The recipe)
+        # 0.854 was reached without augmentation (README, The recipe)
         assert short == {"fine_tune"}, f"the known shortfall has changed: {reached}"
         pytest.xfail(f"fine_tune reaches {reached['fine_tune']:.4f} of {real.floors['fine_tune']}")
     assert not short, reached
