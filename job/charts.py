@@ -81,6 +81,17 @@ class Words:
     description: str
 
 
+def in_view(baseline: float, arms: Sequence[Points]) -> bool:
+    """Return whether a baseline is near enough to the arms to be drawn: at most as far below them as they spread.
+
+    Where all arms are at 95% and chance is at 50%, an axis that has both shows nothing of what is between the arms.
+    """
+    bounds = [
+        end for arm in arms for value, ends in zip(arm.accuracy, arm.intervals, strict=True) for end in ends or [value]
+    ]
+    return baseline >= min(bounds) - (max(bounds) - min(bounds))
+
+
 def accuracy(arms: Sequence[Points], baseline: float | None, words: Words) -> Markup:
     """Return test accuracy against training examples, or one row per arm where all have the same number of examples.
 

@@ -217,6 +217,8 @@ def render(manifest: Manifest, photos: Mapping[str, bytes]) -> str:
     groups = groups_of(manifest.results, manifest.summaries)
     ends = largest(groups)
     commonest = baseline(manifest.results)
+    points = _points(groups)
+    near = commonest is not None and charts.in_view(commonest, points)
     price = manifest.settings.get("cost_per_hour")
     fractions = sorted({group.fraction for group in groups}, reverse=True)
     overall = _overall(manifest.comparisons)
@@ -229,7 +231,8 @@ def render(manifest: Manifest, photos: Mapping[str, bytes]) -> str:
         ends=ends,
         fractions=fractions,
         baseline=commonest,
-        accuracy_chart=_accuracy_chart(groups, commonest),
+        baseline_in_view=near,
+        accuracy_chart=_accuracy_chart(points, commonest if near else None),
         curves=_curves(groups),
         epochs=_epochs,
         classes={group.arm: classes_shown([r.metrics.test.confusion for r in group.results]) for group in ends},
@@ -284,9 +287,7 @@ def _overall(comparisons: Sequence[Comparison]) -> list[int]:
     return sorted(found, key=lambda index: -comparisons[index].train_fraction)
 
 
-def _accuracy_chart(groups: Sequence[Group], commonest: float | None) -> Markup:
-    if not groups:
-        return Markup("")
+def _points(groups: Sequence[Group]) -> list[charts.Points]:
     arms = []
     for end in largest(groups):
         members = [group for group in groups if group.arm == end.arm]
@@ -299,9 +300,16 @@ def _accuracy_chart(groups: Sequence[Group], commonest: float | None) -> Markup:
                 intervals=[group.interval for group in members],
             )
         )
+    return arms
+
+
+def _accuracy_chart(arms: Sequence[charts.Points], commonest: float | None) -> Markup:
+    if not arms:
+        return Markup("")
+    several = any(len(arm.examples) > 1 for arm in arms)
     words = charts.Words(
         "accuracy",
-        "Test accuracy by training examples" if len(groups) > len(arms) else "Test accuracy of each arm",
+        "Test accuracy by training examples" if several else "Test accuracy of each arm",
         f"One mark per arm ({', '.join(arm.name for arm in arms)}), with its 95% interval. The table beside it has the "
         "same figures.",
     )

@@ -418,3 +418,9 @@ def test_equal_manifests_give_equal_pages_in_every_process() -> None:
         check=True,
     )
     assert done.stdout.strip() == hashlib.sha256(page("hostile").html.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(("baseline", "seen"), [(0.5, False), (0.93, True), (0.88, False), (0.97, True)])
+def test_a_baseline_far_below_the_arms_does_not_flatten_what_is_between_them(baseline: float, seen: bool) -> None:
+    arm = charts.Points("frozen", 0, [20, 100], [0.94, 0.96], [(0.93, 0.95), (0.95, 0.97)])
+    assert charts.in_view(baseline, [arm]) is seen
