@@ -34,17 +34,34 @@ SCRATCH = {"TRANSFER_ARMS": "scratch", "TRANSFER_SEEDS": "0"}
 
 
 def accuracies(manifests: Sequence[dict[str, Any]]) -> str:
-    """Return a table of test accuracies with 95% intervals: a row for each fraction, a column for each arm."""
+    """Return a table of test accuracies with 95% intervals: a row for each fraction, a column for each arm.
+
+    The last column has what fine_tune is ahead of frozen over all seeds, in points.
+    """
     found = {(one["train_fraction"], one["arm"]): one for manifest in manifests for one in manifest["summaries"]}
+    ahead = {
+        one["train_fraction"]: _ahead(one)
+        for manifest in manifests
+        for one in manifest["comparisons"]
+        if len(one["seeds"]) > 1
+    }
     fractions = sorted({fraction for fraction, _ in found})
     arms = list(dict.fromkeys(arm for _, arm in found))
-    heads = [f"{arm} ({len(next(one for (_, a), one in found.items() if a == arm)['seeds'])} seeds)" for arm in arms]
-    lines = [["training photos", *heads], ["---:"] + ["---"] * len(arms)]
+    seeds = {arm: len(one["seeds"]) for (_, arm), one in found.items()}
+    heads = [f"{arm} ({seeds[arm]} seed{'s' * (seeds[arm] > 1)})" for arm in arms]
+    lines = [["training photos", *heads, "fine_tune - frozen, points"], ["---:"] + ["---"] * (len(arms) + 1)]
     for fraction in fractions:
         cells = [found[fraction, arm] for arm in arms]
         told = [f"{one['test_accuracy']:.3f} ({one['interval'][0]:.3f} - {one['interval'][1]:.3f})" for one in cells]
-        lines.append([f"{cells[0]['train_examples']:,}", *told])
+        lines.append([f"{cells[0]['train_examples']:,}", *told, ahead.get(fraction, "")])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _ahead(comparison: dict[str, Any]) -> str:
+    sign = 1 if comparison["better"] == "fine_tune" else -1
+    difference, *bounds = (100 * sign * value for value in (comparison["difference"], *comparison["interval"]))
+    low, high = sorted(bounds)
+    return f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
 def verdicts(manifest: dict[str, Any]) -> str:
