@@ -49,7 +49,7 @@ BY_SETTINGS: list[tuple[Change, str]] = [
     ({"TRANSFER_VALIDATION_SPLIT": "train[:60%]"}, "TRANSFER_VALIDATION_SPLIT"),
     ({"TRANSFER_SEEDS": "0,0"}, "TRANSFER_SEEDS"),
     ({"TRANSFER_TRAIN_FRACTIONS": "0.5,1.5"}, "TRANSFER_TRAIN_FRACTIONS"),
-    ({"TRANSFER_AUGMENTATION": "flip"}, "TRANSFER_AUGMENTATION"),
+    ({"TRANSFER_AUGMENTATION": "mirror"}, "TRANSFER_AUGMENTATION"),
     ({"TRANSFER_CHECKPOINT_URI": "s3://bucket/checkpoints"}, "TRANSFER_CHECKPOINT_URI"),
     ({"TRANSFER_CHECKPOINT_SECONDS": "0"}, "TRANSFER_CHECKPOINT_SECONDS"),
     ({"TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"type": "worker", "index": 2}}'}, "TF_CONFIG"),
