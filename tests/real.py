@@ -59,6 +59,22 @@ def _shared(dataset: str, version: str, train: str, validation: str, test: str, 
 
 CATS = _shared("cats_vs_dogs", "4.0.1", "train[:50%]", "train[50%:75%]", "train[75%:]", frozen=0.970, fine_tune=0.975)
 FLOWERS = _shared("tf_flowers", "3.0.1", "train[:80%]", "train[80%:90%]", "train[90%:]", frozen=0.87, fine_tune=0.92)
+XCEPTION_WEIGHTS = WEIGHTS.with_name("xception_weights_tf_dim_ordering_tf_kernels_notop.h5")
+# The Xception tutorial's recipe, and the same with the network whose weights are there. scratch would take hours.
+_FLOWERS_RECIPE = read_env_file("flowers-xception") | {
+    "TRANSFER_DATA_DIR": str(SHARED / "tfds"),
+    "TRANSFER_ARMS": "frozen,fine_tune",
+}
+XCEPTION = Real(
+    _FLOWERS_RECIPE | {"TRANSFER_WEIGHTS": str(XCEPTION_WEIGHTS)},
+    XCEPTION_WEIGHTS,
+    {"fine_tune": 0.93},
+)
+LIKE_XCEPTION = Real(
+    _FLOWERS_RECIPE | {"TRANSFER_BACKBONE": "MobileNetV2", "TRANSFER_WEIGHTS": str(WEIGHTS)},
+    SHARED / "tfds" / "tf_flowers" / "3.0.1",
+    {"fine_tune": 0.93},
+)
 # Deitsch et al. 2019, Table 3: SVM and fine-tuned VGG-19, on 656 test cells.
 SOLAR = Real(
     read_env_file("solar-paper") | {"TRANSFER_WEIGHTS": str(WEIGHTS)},

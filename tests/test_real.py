@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.real import CATS, FLOWERS, SOLAR, Real
+from tests.real import CATS, FLOWERS, LIKE_XCEPTION, SOLAR, XCEPTION, Real
 from tests.test_run import variables_of
 
 pytestmark = pytest.mark.slow
@@ -58,6 +58,14 @@ def test_scratch_is_published_with_re_estimated_statistics(experiment: tuple[Rea
     for result in scratch:
         assert result["batch_norm"]["test_accuracy_recalibrated"] == result["metrics"]["test"]["accuracy"]
         assert result["batch_norm"]["test_accuracy_raw"] <= result["metrics"]["test"]["accuracy"] + 0.02
+
+
+@pytest.mark.parametrize("recipe", [XCEPTION, LIKE_XCEPTION], ids=["Xception", "MobileNetV2"])
+def test_the_recipe_of_the_xception_tutorial_reaches_its_test_accuracy(recipe: Real, tmp_path: Path) -> None:
+    if (missing := recipe.missing()) is not None:
+        pytest.skip(missing)
+    reached = accuracies(recipe.run(tmp_path))
+    assert reached["fine_tune"] >= recipe.floors["fine_tune"], reached
 
 
 def test_the_test_split_has_the_published_number_of_cells(tmp_path: Path) -> None:
