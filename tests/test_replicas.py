@@ -75,6 +75,7 @@ def verified(folder: Path) -> None:
     assert verify.code == 0, verify.errors
 
 
+@pytest.mark.slow
 def test_two_devices_train_as_one(settings: dict[str, str], alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     run = start(settings | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}, devices=2).finished()
     assert run.code == 0, run.errors
