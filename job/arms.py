@@ -43,9 +43,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Arm:
-    """One row: pretrained says whether it starts from the weights file or from random values."""
+    """One row: pretrained says whether it starts from the weights file or from random values; about, what it does."""
 
     name: str
+    about: str
     pretrained: bool
     plan: Callable[[Recipe], tuple[Phase, ...]]
 
@@ -59,16 +60,19 @@ ARMS: dict[str, Arm] = {
     for arm in (
         Arm(
             "scratch",
+            "Everything trains, from random values.",
             pretrained=False,
             plan=lambda r: (Phase("all", Part.ALL, r.epochs, r.learning_rate, trains_batch_norm=True),),
         ),
         Arm(
             "frozen",
+            "A new head trains on the pretrained backbone, which stays as it is.",
             pretrained=True,
             plan=lambda r: (Phase("head", Part.HEAD, r.epochs, r.learning_rate),),
         ),
         Arm(
             "fine_tune",
+            "A new head trains on the pretrained backbone, then also the backbone from a given layer on.",
             pretrained=True,
             plan=lambda r: (
                 Phase("head", Part.HEAD, r.head_epochs, r.learning_rate),
@@ -77,3 +81,8 @@ ARMS: dict[str, Arm] = {
         ),
     )
 }
+
+
+def about(name: str) -> str:
+    """Return the sentence about an arm; a published run may have one that this version does not know."""
+    return ARMS[name].about if name in ARMS else "An arm of its own."

@@ -18,8 +18,6 @@ from job.store import LocalStore
 
 logger = logging.getLogger(__name__)
 
-# A head's epoch takes milliseconds; whoever watches looks every half minute at most.
-_SECONDS_BETWEEN = 10.0
 _HPARAMS = (
     "backbone",
     "image_size",
@@ -62,11 +60,18 @@ class Board:
     A file is a function of the whole history, so a resumed run replaces what it had written, and nothing is told twice.
     """
 
-    def __init__(self, store: Store | None, settings: Mapping[str, Any], folder: Path) -> None:
-        """Take the run's place there, None where nobody watches; the resolved settings; and local scratch space."""
+    def __init__(
+        self, store: Store | None, settings: Mapping[str, Any], folder: Path, seconds_between: float = 10.0
+    ) -> None:
+        """Take the run's place there, None where nobody watches; the resolved settings; and local scratch space.
+
+        seconds_between: how often epochs are told at most. A head's take milliseconds, and TensorBoard reads anew every
+        30 seconds.
+        """
         self._store = store
         self._settings = settings
         self._folder = folder / "tensorboard"
+        self._seconds_between = seconds_between
         self._told = 0.0
         self._pool: ThreadPoolExecutor | None = None
         self._future: Future[None] | None = None
@@ -89,7 +94,7 @@ class Board:
             if self._store is None or self._pool is None:
                 return
             busy = self._future is not None and not self._future.done()
-            if record is None and (busy or time.monotonic() - self._told < _SECONDS_BETWEEN):
+            if record is None and (busy or time.monotonic() - self._told < self._seconds_between):
                 return
             self._told = time.monotonic()
             # in place where that can be: TensorBoard reads on in the file that it has open, and sees none in its stead

@@ -12,18 +12,13 @@ from itertools import groupby
 
 from markupsafe import Markup
 
-from job.arms import ARMS
+from job.arms import ARMS, about
 from job.manifest import Comparison, Manifest, Result
 from job.presentation import SHOWN_CLASSES, classes_shown, rounded, templates
 from job.statistics import CALIBRATION_BINS
 
 # What Markdown takes for more than text: anywhere, before a name, at a word's edge, and where a line begins.
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|[<&](?=[\w/!?#])|(?<!\w)_|_(?!\w)|^[-+>#=]|(?<=^\d)[.)]|(?<=^\d\d)[.)]")
-_ARM = {
-    "scratch": "The whole network was trained from random values.",
-    "frozen": "A new head was trained on a pretrained backbone, which stayed as it was.",
-    "fine_tune": "A new head was trained on a pretrained backbone, and then also the backbone from a given layer on.",
-}
 _RECIPE = (
     ("optimizer", "optimizer"),
     ("learning_rate", "learning rate"),
@@ -50,7 +45,7 @@ def render(manifest: Manifest, result: Result) -> str:
     return card.get_template("model_card.md.j2").render(
         m=manifest,
         r=result,
-        about=_ARM.get(result.arm, "An arm of its own."),
+        about=about(result.arm),
         pretrained=result.arm not in ARMS or ARMS[result.arm].pretrained,
         phases=[(name, len(list(epochs))) for name, epochs in groupby(epoch.phase for epoch in result.history)],
         recipe=_recipe(manifest, result),

@@ -93,9 +93,9 @@ def write(run: manifest.Manifest, test: Rows, folder: Path) -> None:
     _write(folder / REPORT, report.render(run, _photos(test, report.wanted_photos(run.results))))
     finished = run.created.timestamp()
     for result in run.results:
-        place = Path(result.saved_model).parent
+        place = PurePosixPath(result.saved_model).parent
         _write(folder / place / _MODEL_CARD, model_card.render(run, result))
-        name = PurePosixPath(result.saved_model).parent.relative_to("arms")
+        name = place.relative_to("arms")
         of_it = folder / _TENSORBOARD / name
         told = hparams(run.settings, result.arm, result.train_fraction, result.seed)
         event_files.write(of_it, str(name), told, result.history, finished - result.seconds.total, result)

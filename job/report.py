@@ -12,7 +12,7 @@ from statistics import fmean
 from markupsafe import Markup
 
 from job import charts
-from job.arms import ARMS
+from job.arms import ARMS, about
 from job.manifest import Comparison, Manifest, Result, Summary
 from job.presentation import SHOWN_CLASSES, Quotes, classes_shown, pointer, templates
 from job.statistics import CALIBRATION_BINS
@@ -22,11 +22,6 @@ SHOWN_EPOCHS = 12
 SHOWN_DUPLICATES = 100
 # One model's 95% interval on the test split: wider than this share, differences between arms are hard to show.
 WIDE_INTERVAL = 0.1
-_ABOUT = {
-    "scratch": "starts from random values; everything trains",
-    "frozen": "starts from pretrained weights, which stay as they are; a new head trains",
-    "fine_tune": "starts from pretrained weights; a new head trains, then also the backbone from a given layer on",
-}
 
 
 @dataclass(frozen=True)
@@ -226,7 +221,7 @@ def render(manifest: Manifest, photos: Mapping[str, bytes]) -> str:
     return page.get_template("report.html.j2").render(
         m=manifest,
         q=quotes,
-        about=_ABOUT,
+        about=about,
         groups=groups,
         ends=ends,
         fractions=fractions,

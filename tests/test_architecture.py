@@ -76,7 +76,13 @@ def attributes_of(path: Path) -> set[str]:
     return {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
-@pytest.mark.parametrize("module", ["settings", "manifest", "arms", "statistics", "storage", "publishing", "console"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("settings", "manifest", "arms", "statistics", "storage", "publishing", "console"),
+        *("report", "model_card", "event_files", "energy", "verification", "checkpoints"),
+    ],
+)
 def test_tensorflow_is_not_imported_by(module: str) -> None:
     code = f"import sys, job.{module}; sys.exit(bool({{'tensorflow', 'keras'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

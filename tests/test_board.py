@@ -33,13 +33,17 @@ def losses(folder: Path) -> list[float]:
     return [float(event.tensor_proto.float_val[0]) for event in shown.Tensors("loss/train")]
 
 
-def test_epochs_are_shown_while_it_trains_but_not_each_of_a_head(tmp_path: Path) -> None:
-    board = Board(open_store(str(tmp_path / "logs"), "AIP_TENSORBOARD_LOG_DIR"), SETTINGS, tmp_path)
+@pytest.mark.parametrize(("seconds_between", "shown"), [(3600, [1.0]), (0, [1.0, 0.5])])
+def test_epochs_are_shown_while_it_trains_but_not_each_of_a_head(
+    tmp_path: Path, seconds_between: float, shown: list[float]
+) -> None:
+    store = open_store(str(tmp_path / "logs"), "AIP_TENSORBOARD_LOG_DIR")
+    board = Board(store, SETTINGS, tmp_path, seconds_between)
     with board.open():
         told = board.result(WHERE, "frozen", 1.0, 0)
         told(epochs(1))
         told(epochs(2))
-    assert losses(tmp_path / "logs") == [1.0]
+    assert losses(tmp_path / "logs") == shown
 
 
 def test_a_bucket_gets_the_same(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
