@@ -25,10 +25,8 @@ import pytest
 from tests.conftest import ROOT, Finished, run_job
 
 ARMS = ("scratch", "frozen", "fine_tune")
-# Two layers of MobileNet: three seconds of compilation instead of ten; dropout, since it is random at every step.
-TINY = {
-    "TRANSFER_TRUNCATE_AT": "conv_pw_2_relu",
-    "TRANSFER_FINE_TUNE_FROM": "conv_pw_2",
+# Dropout, since it is random at every step.
+STEPS = {
     "TRANSFER_EPOCHS": "16",
     "TRANSFER_DROPOUT": "0.2",
     "TRANSFER_CHECKPOINT_SECONDS": "0.1",
@@ -272,7 +270,7 @@ class Undisturbed:
     folder: Path
 
 
-def undisturbed(small: dict[str, str], factory: pytest.TempPathFactory) -> Undisturbed:
+def undisturbed(tiny: dict[str, str], factory: pytest.TempPathFactory) -> Undisturbed:
     """Return the undisturbed run of the tiny comparison; several test processes share one."""
     base = factory.getbasetemp()
     shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "undisturbed"
@@ -281,7 +279,7 @@ def undisturbed(small: dict[str, str], factory: pytest.TempPathFactory) -> Undis
     with (shared / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not told.exists():
-            environment = small | TINY
+            environment = tiny | STEPS
             done = run_job(environment | {"TRANSFER_OUTPUT_URI": str(shared / "output")})
             assert done.code == 0, done.errors
             told.write_text(json.dumps(environment))

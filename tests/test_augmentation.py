@@ -130,14 +130,14 @@ def test_from_pixels_is_the_same_network_in_one_piece(part: Part) -> None:
     np.testing.assert_array_equal(found, whole.tail(tf.cast(pixels, tf.float32), False))
 
 
-def test_a_run_augments_training_alone_and_every_arm_of_it(small: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_augments_training_alone_and_every_arm_of_it(tiny: dict[str, str], tmp_path: Path) -> None:
     found = {}
     for kind in ("none", "standard"):
         settings = {
             "TRANSFER_AUGMENTATION": kind, "TRANSFER_OUTPUT_URI": str(tmp_path / kind),
             "TRANSFER_ARMS": "frozen,fine_tune",
         }  # fmt: skip
-        process = run_job(small | settings)
+        process = run_job(tiny | settings)
         assert process.code == 0, process.errors
         (path,) = (tmp_path / kind).glob("*/manifest.json")
         found[kind] = json.loads(path.read_text())

@@ -15,10 +15,10 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_all_end_well_and_one_run_is_published(count: int, small: dict[str, str], tmp_path: Path) -> None:
+def test_all_end_well_and_one_run_is_published(count: int, tiny: dict[str, str], tmp_path: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRANSFER_", "AIP_"))}
     # each saves its progress where the others do; without determinism their results may differ
-    environment = kept | small | {
+    environment = kept | tiny | {
         "TRANSFER_OUTPUT_URI": str(tmp_path / "output"),
         "TRANSFER_DETERMINISTIC": "false",
         "TRANSFER_CHECKPOINT_SECONDS": "1",

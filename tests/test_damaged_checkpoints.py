@@ -33,8 +33,8 @@ RUN_ID = "damaged"
 
 
 @pytest.fixture(scope="module")
-def expected(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return undisturbed(small, tmp_path_factory)
+def expected(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return undisturbed(tiny, tmp_path_factory)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Finished, run_job
-from tests.kills import TINY, Running, run_folder, started
+from tests.kills import STEPS, Running, run_folder, started
 
 _MOUNTS = subprocess.run(
     ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"],  # noqa: S607  (util-linux, wherever it is)
@@ -26,9 +26,9 @@ mounting = pytest.mark.skipif(
 
 
 @pytest.fixture
-def frozen(small: dict[str, str], tmp_path: Path) -> dict[str, str]:
+def frozen(tiny: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """The environment of the shortest run that has every stage."""
-    return small | TINY | {
+    return tiny | STEPS | {
         "TRANSFER_ARMS": "frozen",
         "TRANSFER_EPOCHS": "3",
         "TRANSFER_OUTPUT_URI": str(tmp_path / "output"),
@@ -78,7 +78,7 @@ def fill(running: Running, folder: Path) -> None:
     ("moment", "arms"),
     [
         pytest.param(r"^run ", "frozen", id="decoding"),
-        pytest.param(r"^frozen: epoch 1", "frozen", id="export"),
+        pytest.param(r"^frozen: epoch 1", "frozen", id="export", marks=pytest.mark.slow),
         pytest.param(r"^scratch: epoch 1", "scratch,frozen", id="between", marks=pytest.mark.slow),
     ],
 )

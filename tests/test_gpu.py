@@ -63,7 +63,9 @@ GOOD = {"INIT": 0, "COUNT": 1, "VERSION": 13000, "MAJOR": 9, "MINOR": 0}
     ("driver", "reason", "mend"),
     [
         (None, "driver's library cannot be loaded", "NVIDIA Container Toolkit"),
-        (GOOD | {"INIT": 803}, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "update its driver"),
+        pytest.param(
+            GOOD | {"INIT": 803}, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "update its driver", marks=pytest.mark.slow
+        ),
         pytest.param(GOOD | {"COUNT": 0}, "lists no GPU", "CUDA_VISIBLE_DEVICES", marks=pytest.mark.slow),
         # the suite's TensorFlow has no CUDA of its own
         pytest.param(GOOD, "CUDA's libraries are not installed", "[gpu]", marks=pytest.mark.slow),

@@ -30,8 +30,8 @@ EARLY = [Moment(stage) for stage in ("start-up", "plan", "decoding")]
 
 
 @pytest.fixture(scope="module")
-def expected(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return undisturbed(small, tmp_path_factory)
+def expected(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return undisturbed(tiny, tmp_path_factory)
 
 
 def seeded() -> random.Random:
@@ -102,6 +102,7 @@ def test_forty_kills_over_all_stages_and_arms_change_nothing(expected: Undisturb
     assert not checkpoints_in(checkpoints)
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_manifest_was_written_is_cleaned_up_by_the_next(
     expected: Undisturbed, tmp_path: Path
 ) -> None:

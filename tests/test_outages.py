@@ -21,8 +21,8 @@ def bucket(server: str, monkeypatch: pytest.MonkeyPatch) -> Store:
     return open_store("gs://bucket", "TRANSFER_OUTPUT_URI")
 
 
-def environment(small: dict[str, str], proxy: FaultyProxy, place: str) -> dict[str, str]:
-    return small | {
+def environment(tiny: dict[str, str], proxy: FaultyProxy, place: str) -> dict[str, str]:
+    return tiny | {
         "TRANSFER_ARMS": "frozen",
         "TRANSFER_EPOCHS": "1",
         "TRANSFER_OUTPUT_URI": f"gs://bucket/{place}",
@@ -39,12 +39,12 @@ def verify(proxy: FaultyProxy, place: str) -> Finished:
 # A stall takes as long as the job waits for an answer, half a minute.
 @pytest.mark.parametrize(("faults", "share"), [(QUICK, 0.08), pytest.param(FAULTS, 0.15, marks=pytest.mark.slow)])
 def test_a_run_gets_through_a_storage_that_fails_in_every_way(
-    small: dict[str, str], proxy: FaultyProxy, bucket: Store, faults: tuple[str, ...], share: float
+    tiny: dict[str, str], proxy: FaultyProxy, bucket: Store, faults: tuple[str, ...], share: float
 ) -> None:
     for fault in faults:  # by the luck of the draw one could be missing
         proxy.plan(fault, 1)
     proxy.mix(7, share, QUICK)
-    run = run_job(environment(small, proxy, "mixture"))
+    run = run_job(environment(tiny, proxy, "mixture"))
     assert run.code == 0, run.errors
     assert set(proxy.happened) == set(faults)
     assert proxy.happened.total() > len(faults)
@@ -57,9 +57,9 @@ def test_a_run_gets_through_a_storage_that_fails_in_every_way(
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["drop_before", "refuse"])
 def test_a_run_whose_storage_dies_exits_74_without_a_manifest_and_completes_when_it_is_back(
-    fault: str, small: dict[str, str], proxy: FaultyProxy, bucket: Store
+    fault: str, tiny: dict[str, str], proxy: FaultyProxy, bucket: Store
 ) -> None:
-    given = environment(small, proxy, fault)
+    given = environment(tiny, proxy, fault)
     with ThreadPoolExecutor(1) as pool:
         run = pool.submit(run_job, given)
         # the probe's upload, and the first of a result's

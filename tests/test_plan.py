@@ -39,6 +39,7 @@ def test_it_counts_what_a_run_would_do(planned: tuple[dict[str, Any], Path]) -> 
     assert plan["output"] == str(output / plan["run_id"])
     assert plan["checkpoints"] == str(output / plan["run_id"] / "checkpoints")
     assert plan["published"] is False
+    assert (plan["fine_tune_from"], plan["cut"], plan["row_bytes"]) == ("conv_pw_12", "conv_dw_12_relu", 2048)
 
 
 def test_it_tells_what_a_run_needs_and_what_there_is(planned: tuple[dict[str, Any], Path]) -> None:
@@ -96,13 +97,13 @@ def test_another_experiment_under_the_same_id_is_refused(small: dict[str, str], 
     assert "another experiment is published" in done.text
 
 
-def test_rows_that_are_kept_are_counted_on_and_left_alone(small: dict[str, str], tmp_path: Path) -> None:
+def test_rows_that_are_kept_are_counted_on_and_left_alone(tiny: dict[str, str], tmp_path: Path) -> None:
     changes = {"TRANSFER_ARMS": "frozen", "TRANSFER_CACHE_DIR": str(tmp_path / "cache")}
     changes |= {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
-    assert run_job(small | changes).code == 0
+    assert run_job(tiny | changes).code == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "features").iterdir()}
     assert len(before) == 6
-    plan = found(run_job(small | changes | {"TRANSFER_EPOCHS": "3"}, "plan"))
+    plan = found(run_job(tiny | changes | {"TRANSFER_EPOCHS": "3"}, "plan"))
     assert plan["seconds"]["features"] == 0.0
     assert {path.name: path.read_bytes() for path in (tmp_path / "cache" / "features").iterdir()} == before
 

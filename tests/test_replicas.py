@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import CLASSES, Finished, run_job
 from tests.group import group, start, tf_config
-from tests.kills import TINY, variables_of
+from tests.kills import STEPS, variables_of
 from tests.photos import write_dataset
 from tests.servers import free_port
 
@@ -36,11 +36,11 @@ def manifest_of(output: Path) -> tuple[Path, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def settings(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def settings(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The small experiment on photos in five files, which TFDS reads in turns."""
     folder = tmp_path_factory.mktemp("tfds")
     photos = write_dataset(folder, "pets", {"train": 150}, CLASSES, size=40, bad=(50,), shards=5)
-    return small | TINY | EXACT | {"TRANSFER_DATASET": str(photos)}
+    return tiny | STEPS | EXACT | {"TRANSFER_DATASET": str(photos)}
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,7 @@ def test_a_worker_that_is_killed_ends_the_other_which_goes_on_when_both_start_ag
     verified(found[0])
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_asked_to_stop_stops_all_after_the_same_step(
     settings: dict[str, str], alone: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -11,9 +11,9 @@ from tests.conftest import run_job
 from tests.test_run import comparable
 
 
-def test_seeds_and_fractions_share_one_pass_over_the_photos(small: dict[str, str], tmp_path: Path) -> None:
+def test_seeds_and_fractions_share_one_pass_over_the_photos(tiny: dict[str, str], tmp_path: Path) -> None:
     several = {"TRANSFER_SEEDS": "0,1", "TRANSFER_TRAIN_FRACTIONS": "0.5,1", "TRANSFER_CACHE_DIR": str(tmp_path / "c")}
-    environment = small | several | {"TRANSFER_ARMS": "frozen,fine_tune"}
+    environment = tiny | several | {"TRANSFER_ARMS": "frozen,fine_tune"}
     outputs = [tmp_path / name for name in ("one", "two")]
     runs = [run_job(environment | {"TRANSFER_OUTPUT_URI": str(output)}) for output in outputs]
     assert [done.code for done in runs] == [0, 0], runs[0].errors + runs[1].errors
@@ -31,7 +31,7 @@ def test_seeds_and_fractions_share_one_pass_over_the_photos(small: dict[str, str
     assert [len(summary["seeds"]) for summary in manifests[0]["summaries"]] == [2] * 4
     assert "over 2 seeds" in manifests[0]["verdict"]
     # a result among many is the result alone
-    alone = run_job(small | {"TRANSFER_ARMS": "fine_tune", "TRANSFER_SEEDS": "1", "TRANSFER_OUTPUT_URI": str(tmp_path)})
+    alone = run_job(tiny | {"TRANSFER_ARMS": "fine_tune", "TRANSFER_SEEDS": "1", "TRANSFER_OUTPUT_URI": str(tmp_path)})
     assert alone.code == 0, alone.errors
     where = "arms/fine_tune/fraction-1/seed-1/predictions.csv"
     (lonely,), (among,) = tmp_path.glob(f"*/{where}"), outputs[0].glob(f"*/{where}")
@@ -40,10 +40,10 @@ def test_seeds_and_fractions_share_one_pass_over_the_photos(small: dict[str, str
 
 @pytest.mark.parametrize(("precision", "xla"), [("mixed_float16", "off"), ("mixed_bfloat16", "off"), ("float32", "on")])
 def test_other_precisions_and_xla_run_to_the_end(
-    small: dict[str, str], tmp_path: Path, precision: str, xla: str
+    tiny: dict[str, str], tmp_path: Path, precision: str, xla: str
 ) -> None:
     changes = {"TRANSFER_PRECISION": precision, "TRANSFER_XLA": xla, "TRANSFER_ARMS": "frozen,fine_tune"}
-    done = run_job(small | changes | {"TRANSFER_OUTPUT_URI": str(tmp_path), "TRANSFER_DETERMINISTIC": "false"})
+    done = run_job(tiny | changes | {"TRANSFER_OUTPUT_URI": str(tmp_path), "TRANSFER_DETERMINISTIC": "false"})
     assert done.code == 0, done.errors
     manifest = json.loads(next(tmp_path.glob("*/manifest.json")).read_text())
     assert manifest["environment"]["precision"] == precision

@@ -266,17 +266,6 @@ def _fetch(server: str, bucket: str, name: str) -> bytes:
         return bytes(answer.read())
 
 
-def test_plan_makes_the_checks_and_publishes_nothing(small: dict[str, str], tmp_path: Path) -> None:
-    done = run_job(small | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}, "plan")
-    assert done.code == 0, done.errors
-    plan = done.lines[-1]
-    assert plan["examples"] == {"train": 72, "validation": 24, "test": 24}
-    assert plan["fine_tune_from"] == "conv_pw_12"
-    assert plan["cut"] == "conv_dw_12_relu"
-    assert plan["row_bytes"] == 2048
-    assert not (tmp_path / "output").exists()
-
-
 def test_sigterm_ends_the_run_with_143_and_publishes_nothing(small: dict[str, str], tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFER_")}
     environment |= small | {

@@ -45,6 +45,7 @@ def test_a_device_that_xla_cannot_compile_for_is_found_out() -> None:
     assert xla_fault(NO_DEVICE) is not None
 
 
+@pytest.mark.slow
 def test_the_probes_that_a_gpu_is_put_to_run_on_any_device() -> None:
     assert xla_fault("CPU:0") is None
     assert half_precision_gain("CPU:0") > 0

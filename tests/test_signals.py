@@ -48,8 +48,8 @@ STOPS: list[tuple[Moment, float, signal.Signals]] = [
 
 
 @pytest.fixture(scope="module")
-def expected(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return undisturbed(small, tmp_path_factory)
+def expected(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return undisturbed(tiny, tmp_path_factory)
 
 
 def stop_at_each(
