@@ -202,8 +202,8 @@ def test_the_image_holds_no_installer_no_source_tree_and_every_package_that_the_
     )
     code, text = run(image, "-c", look, flags=["--entrypoint", "python"])
     assert code == 0, text
-    # tensorflow-cpu is in its place; the photos' own loader, which is never imported, wants pillow
-    assert json.loads(text) == [["pillow", "tensorflow"], False]
+    # tensorflow-cpu is in its place
+    assert json.loads(text) == [["tensorflow"], False]
 
 
 @pytest.mark.parametrize(("name", "value", "accepted"), [("DEVICE", "tpu", "gpu, cpu"), ("EXTRAS", "dev", "demo")])
