@@ -228,12 +228,14 @@ def check(variant: Variant, data: Path, photos: Mapping[str, bytes], folder: Pat
     for result, served in zip(results, answers, strict=True):
         ids, expected = published_probabilities((published / result["saved_model"]).with_name("predictions.csv"))
         assert ids == sorted(photos)
-        # a network that says the same of every photo would agree with itself however wrongly it is served
-        assert np.ptp(expected, axis=0).max() > 100 * TOLERANCE, result["arm"]
+        # a network that says the same of every photo would agree with itself however wrongly it is served; after so few
+        # steps a deep head, whose classifier starts from zero, tells photos apart by half a percent
+        spread = float(np.ptp(expected, axis=0).max())
+        assert spread > 10 * TOLERANCE, result["arm"]
         for kind, probabilities in zip(("bytes", "pixels"), served, strict=True):
             difference = np.abs(np.array(probabilities, np.float32) - expected).max()
             print(f"{row.name} {result['arm']} from {kind}: largest difference {difference:.2g}")  # noqa: T201
-            assert difference <= TOLERANCE, (result["arm"], kind)
+            assert difference <= min(TOLERANCE, spread / 100), (result["arm"], kind)
 
 
 @pytest.mark.slow
