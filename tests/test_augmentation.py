@@ -130,6 +130,7 @@ def test_from_pixels_is_the_same_network_in_one_piece(part: Part) -> None:
     np.testing.assert_array_equal(found, whole.tail(tf.cast(pixels, tf.float32), False))
 
 
+@pytest.mark.slow
 def test_a_run_augments_training_alone_and_every_arm_of_it(tiny: dict[str, str], tmp_path: Path) -> None:
     found = {}
     for kind in ("none", "standard"):

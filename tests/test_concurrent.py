@@ -14,7 +14,8 @@ from job.verification import verify
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 10])
 def test_all_end_well_and_one_run_is_published(count: int, tiny: dict[str, str], tmp_path: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRANSFER_", "AIP_"))}
     # each saves its progress where the others do; without determinism their results may differ

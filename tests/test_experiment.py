@@ -57,6 +57,7 @@ def test_fine_tune_trains_the_tail_and_leaves_batch_norm_statistics_bit_identica
     assert not [name for name in changed if not name.startswith(("conv_pw_12", "conv_dw_13", "conv_pw_13"))]
 
 
+@pytest.mark.slow
 def test_a_deeper_head_dropout_truncation_and_a_fraction_train_and_export(
     small: dict[str, str], tmp_path: Path
 ) -> None:
@@ -70,6 +71,7 @@ def test_a_deeper_head_dropout_truncation_and_a_fraction_train_and_export(
     assert outcome.record.parameters.trainable - outcome.record.parameters.backbone_trainable == head
 
 
+@pytest.mark.slow
 def test_fine_tuning_everything_trains_the_whole_backbone(small: dict[str, str], tmp_path: Path) -> None:
     plan, run = experiment(small, tmp_path, arms="fine_tune", fine_tune_from="all", head_epochs="0", epochs="1")
     outcome = run.result("fine_tune", 1.0, 0)
@@ -88,6 +90,7 @@ def test_a_saved_model_that_predicts_otherwise_is_never_published(small: dict[st
         export.prove(folder, 255 - pixels, outcome.test.probabilities)
 
 
+@pytest.mark.slow
 def test_only_scratch_needs_no_weights(small: dict[str, str], tmp_path: Path) -> None:
     plan, run = experiment(small, tmp_path, arms="scratch", epochs="1", weights=str(tmp_path / "absent.h5"))
     assert plan.weights is None

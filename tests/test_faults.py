@@ -74,13 +74,11 @@ def fill(running: Running, folder: Path) -> None:
 
 
 @mounting
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "arms"),
-    [
-        pytest.param(r"^run ", "frozen", id="decoding"),
-        pytest.param(r"^frozen: epoch 1", "frozen", id="export", marks=pytest.mark.slow),
-        pytest.param(r"^scratch: epoch 1", "scratch,frozen", id="between", marks=pytest.mark.slow),
-    ],
+    [(r"^run ", "frozen"), (r"^frozen: epoch 1", "frozen"), (r"^scratch: epoch 1", "scratch,frozen")],
+    ids=["decoding", "export", "between"],
 )
 def test_a_cache_folder_that_runs_full_is_named(frozen: dict[str, str], tmp_path: Path, moment: str, arms: str) -> None:
     cache = tmp_path / "cache"
@@ -159,6 +157,7 @@ def copied(photos: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_record_file_that_is_cut_short_in_mid_stream_is_named(
     frozen: dict[str, str], copied: Path, tmp_path: Path
 ) -> None:

@@ -169,6 +169,7 @@ def test_places_in_memory_are_told_from_those_on_a_disk() -> None:
 
 
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason=f"there is no {SHARED_MEMORY}: mount a tmpfs there")
+@pytest.mark.slow
 def test_plan_counts_scratch_space_in_memory_as_memory(small: dict[str, str], tmp_path: Path) -> None:
     changes = {"TRANSFER_ARMS": "frozen", "TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
     with TemporaryDirectory(dir=SHARED_MEMORY) as scratch:

@@ -97,6 +97,7 @@ def test_another_experiment_under_the_same_id_is_refused(small: dict[str, str], 
     assert "another experiment is published" in done.text
 
 
+@pytest.mark.slow
 def test_rows_that_are_kept_are_counted_on_and_left_alone(tiny: dict[str, str], tmp_path: Path) -> None:
     changes = {"TRANSFER_ARMS": "frozen", "TRANSFER_CACHE_DIR": str(tmp_path / "cache")}
     changes |= {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}

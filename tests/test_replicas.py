@@ -166,6 +166,7 @@ def test_a_port_that_is_taken_is_refused(settings: dict[str, str], tmp_path: Pat
     assert "in use" in run.text
 
 
+@pytest.mark.slow
 def test_workers_of_different_experiments_are_refused(settings: dict[str, str], tmp_path: Path) -> None:
     environment = settings | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
     with group(environment, environment | {"TRANSFER_EPOCHS": "5"}) as workers:
@@ -175,6 +176,7 @@ def test_workers_of_different_experiments_are_refused(settings: dict[str, str], 
     assert "worker 1: " in runs[0].text
 
 
+@pytest.mark.slow
 def test_a_published_run_is_verified_by_the_chief_and_ends_all(
     settings: dict[str, str], alone: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -203,7 +205,8 @@ except stopping.Stopped:
 """
 
 
-@pytest.mark.parametrize("python", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("python", [True, False])
 def test_a_lost_worker_is_noticed_where_nothing_is_exchanged_even_in_native_code(python: bool) -> None:
     code = _WATCHED.format(until="time.sleep(5)", python=python)
     done = subprocess.run(

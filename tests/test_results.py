@@ -38,7 +38,14 @@ def test_seeds_and_fractions_share_one_pass_over_the_photos(tiny: dict[str, str]
     assert lonely.read_bytes() == among.read_bytes()
 
 
-@pytest.mark.parametrize(("precision", "xla"), [("mixed_float16", "off"), ("mixed_bfloat16", "off"), ("float32", "on")])
+@pytest.mark.parametrize(
+    ("precision", "xla"),
+    [
+        ("mixed_float16", "off"),
+        pytest.param("mixed_bfloat16", "off", marks=pytest.mark.slow),
+        pytest.param("float32", "on", marks=pytest.mark.slow),
+    ],
+)
 def test_other_precisions_and_xla_run_to_the_end(
     tiny: dict[str, str], tmp_path: Path, precision: str, xla: str
 ) -> None:
