@@ -34,7 +34,7 @@ test: install  ## the test suite, without the long tests
 	$(BIN)/python -m pytest
 
 .PHONY: test-real
-test-real: install  ## the long tests: real photos and ImageNet weights from ../shared, well over an hour on two cores
+test-real: install  ## all long tests but test-backbones, with real photos and weights from ../shared; well over an hour on two cores
 	$(BIN)/python -m pytest -m slow -rs --ignore tests/test_every_backbone.py
 
 .PHONY: test-backbones

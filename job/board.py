@@ -65,8 +65,8 @@ class Board:
     ) -> None:
         """Take the run's place there, None where nobody watches; the resolved settings; and local scratch space.
 
-        seconds_between: how often epochs are told at most. A head's take milliseconds, and TensorBoard reads anew every
-        30 seconds.
+        seconds_between: how often epochs are told at most. A head's take milliseconds, and TensorBoard's page is drawn
+        anew every 30 seconds.
         """
         self._store = store
         self._settings = settings

@@ -26,7 +26,7 @@ from tests.conftest import ROOT, Finished, run_job
 
 ARMS = ("scratch", "frozen", "fine_tune")
 # Dropout, since it is random at every step.
-STEPS = {
+SAVED_OFTEN = {
     "TRANSFER_EPOCHS": "16",
     "TRANSFER_DROPOUT": "0.2",
     "TRANSFER_CHECKPOINT_SECONDS": "0.1",
@@ -279,7 +279,7 @@ def undisturbed(tiny: dict[str, str], factory: pytest.TempPathFactory) -> Undist
     with (shared / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not told.exists():
-            environment = tiny | STEPS
+            environment = tiny | SAVED_OFTEN
             done = run_job(environment | {"TRANSFER_OUTPUT_URI": str(shared / "output")})
             assert done.code == 0, done.errors
             told.write_text(json.dumps(environment))

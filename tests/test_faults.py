@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Finished, run_job
-from tests.kills import STEPS, Running, run_folder, started
+from tests.kills import SAVED_OFTEN, Running, run_folder, started
 
 _MOUNTS = subprocess.run(
     ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"],  # noqa: S607  (util-linux, wherever it is)
@@ -28,7 +28,7 @@ mounting = pytest.mark.skipif(
 @pytest.fixture
 def frozen(tiny: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """The environment of the shortest run that has every stage."""
-    return tiny | STEPS | {
+    return tiny | SAVED_OFTEN | {
         "TRANSFER_ARMS": "frozen",
         "TRANSFER_EPOCHS": "3",
         "TRANSFER_OUTPUT_URI": str(tmp_path / "output"),

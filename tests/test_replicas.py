@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import CLASSES, Finished, run_job
 from tests.group import group, start, tf_config
-from tests.kills import STEPS, variables_of
+from tests.kills import SAVED_OFTEN, variables_of
 from tests.photos import write_dataset
 from tests.servers import free_port
 
@@ -40,7 +40,7 @@ def settings(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     """The small experiment on photos in five files, which TFDS reads in turns."""
     folder = tmp_path_factory.mktemp("tfds")
     photos = write_dataset(folder, "pets", {"train": 150}, CLASSES, size=40, bad=(50,), shards=5)
-    return tiny | STEPS | EXACT | {"TRANSFER_DATASET": str(photos)}
+    return tiny | SAVED_OFTEN | EXACT | {"TRANSFER_DATASET": str(photos)}
 
 
 @pytest.fixture(scope="module")

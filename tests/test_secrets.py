@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import Finished, run_job
-from tests.kills import STEPS, Moment, ended, moments, run_folder
+from tests.kills import SAVED_OFTEN, Moment, ended, moments, run_folder
 from tests.servers import faulty_proxy, gcs_server
 
 # Each secret is told apart by what follows, so that a leak says where it came from.
@@ -155,7 +155,7 @@ def places(tmp_path: Path) -> dict[str, str]:
 @pytest.fixture
 def secretive(tiny: dict[str, str], places: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """The environment of a sound run of two arms, with secrets all about it."""
-    return tiny | STEPS | places | planted(tmp_path) | {"TRANSFER_ARMS": "scratch,frozen", "TRANSFER_EPOCHS": "6"}
+    return tiny | SAVED_OFTEN | places | planted(tmp_path) | {"TRANSFER_ARMS": "scratch,frozen", "TRANSFER_EPOCHS": "6"}
 
 
 def test_a_successful_run_and_its_checkpoints_hold_no_secret(
