@@ -35,11 +35,11 @@ test: install  ## the test suite, without the long tests
 
 .PHONY: test-real
 test-real: install  ## all long tests but test-backbones, with real photos and weights from ../shared; well over an hour on two cores
-	$(BIN)/python -m pytest -m slow -rs --ignore tests/test_every_backbone.py
+	$(BIN)/python -m pytest -m slow -rs --ignore tests/models/test_every_backbone.py
 
 .PHONY: test-backbones
 test-backbones: install  ## every backbone trains in three arms, is exported and serves what was measured; two hours
-	$(BIN)/python -m pytest tests/test_every_backbone.py -m slow -n 0 -rs --durations=0
+	$(BIN)/python -m pytest tests/models/test_every_backbone.py -m slow -n 0 -rs --durations=0
 
 .PHONY: solar-paper
 solar-paper: install  ## the solar cells as in the paper (224 px, 656 test cells)
@@ -47,19 +47,19 @@ solar-paper: install  ## the solar cells as in the paper (224 px, 656 test cells
 
 .PHONY: recipe-heads
 recipe-heads: install  ## measure candidates for the head on three data sets, by validation accuracy
-	$(BIN)/python -m tests.recipe heads
+	$(BIN)/python -m tests.measure.recipe heads
 
 .PHONY: recipe-tails
 recipe-tails: install  ## measure fine-tuning rates on three data sets; about an hour on two cores
-	$(BIN)/python -m tests.recipe tails
+	$(BIN)/python -m tests.measure.recipe tails
 
 .PHONY: bench
 bench: install  ## the job beside plain Keras on cats_vs_dogs from ../shared: tables for the README; two hours
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.measure.bench
 
 .PHONY: learning-curve
 learning-curve: install  ## accuracy by examples: 40 results of the job beside 8 of tuned Keras, from ../shared; an hour
-	$(BIN)/python -m tests.learning_curve
+	$(BIN)/python -m tests.measure.learning_curve
 
 .PHONY: lint
 lint: install  ## ruff and strict mypy
@@ -89,7 +89,7 @@ docker-run:  ## run the image with the settings in ENV, as the caller, published
 .PHONY: test-image
 test-image: install  ## build the CPU image and run it as clusters do: no rights, no network, stopped, short of memory
 	CONTAINER='$(DOCKER)' CONTAINER_BUILD_FLAGS='$(BUILD_FLAGS)' CONTAINER_RUN_FLAGS='$(RUN_FLAGS)' \
-	  $(BIN)/python -m pytest tests/test_image.py -m slow -n 0 -rs
+	  $(BIN)/python -m pytest tests/deploy/test_image.py -m slow -n 0 -rs
 
 .PHONY: clean
 clean:  ## remove the virtual environment and caches, never output/

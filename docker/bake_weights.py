@@ -13,9 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from job import backbones
 from job.backbone_table import BACKBONES
 from job.errors import ConfigError
+from job.models import backbones
 
 
 def main(folder: Path, wanted: list[str]) -> None:

@@ -38,22 +38,24 @@ def main(arguments: list[str]) -> int:
 
 
 def _env() -> int:
-    from job import settings
+    from job.settings import environment
 
-    sys.stdout.write(settings.variables_markdown())
+    sys.stdout.write(environment.variables_markdown())
     return 0
 
 
 def _work(*, plan_only: bool) -> int:
-    from job import budget, console, settings
+    from job.machine import console, limits
+    from job.settings import environment
 
-    _log(settings.log_format())
-    chosen = settings.load()
-    budget.require_memory()
+    _log(environment.log_format())
+    chosen = environment.load()
+    limits.require_memory()
     screen = console.start(chosen.runtime.log_format)
-    settings.quiet_tensorflow()
+    environment.quiet_tensorflow()
     with console.quiet_standard_error():
-        from job import run, runtime
+        from job.experiment import run
+        from job.machine import runtime
 
         # what plan measures, one worker measures for itself
         machine = runtime.start(chosen.runtime, chosen.platform, alone=plan_only)
@@ -66,9 +68,10 @@ def _work(*, plan_only: bool) -> int:
 
 
 def _verify(uri: str) -> int:
-    from job import settings, verification
+    from job.settings import environment
+    from job.storage import verification
 
-    _log(settings.log_format())
+    _log(environment.log_format())
     problems = verification.verify(uri)
     for problem in problems:
         logger.error("%s", problem)
@@ -78,7 +81,7 @@ def _verify(uri: str) -> int:
 
 
 def _log(log_format: str) -> None:
-    from job import console
+    from job.machine import console
 
     console.start(log_format)
 

@@ -1,6 +1,6 @@
 """One row per keras.applications classifier with a no-top form: plain records, nothing imported.
 
-Layer and file names were read out of Keras 3.15's sources; ``tests/test_backbones.py`` holds them against the
+Layer and file names were read out of Keras 3.15's sources; ``tests/models/test_backbones.py`` holds them against the
 installed Keras.
 """
 

@@ -58,3 +58,13 @@ class Stopped(BaseException):
     """
 
     exit_code = 143
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that says something, and the error's type.
+
+    TFDS appends lists of all its data sets, TensorFlow the stack of the graph.
+    """
+    lines = (line.strip() for line in str(getattr(error, "message", error)).splitlines())
+    said = next((line for line in lines if line), None)
+    return f"{said} ({type(error).__name__})" if said else type(error).__name__

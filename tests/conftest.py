@@ -4,56 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from job.storage import Store, open_store
-from tests.servers import FaultyProxy, faulty_proxy, gcs_server
-
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
-CLASSES = ("cat", "dog", "owl")
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A process of the job that ended: exit code, and its log lines parsed."""
-
-    code: int
-    lines: list[dict[str, Any]]
-    errors: str
-
-    @property
-    def text(self) -> str:
-        return "\n".join(line["message"] for line in self.lines)
-
-
-def run_job(environment: dict[str, str], *arguments: str, cwd: Path | None = None) -> Finished:
-    """Run ``python -m job`` as a process with this environment and nothing of ours in it."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRANSFER_", "AIP_"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "job", *arguments],
-        cwd=cwd or ROOT,
-        env=kept | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return Finished(done.returncode, lines, done.stderr + done.stdout)
+from job.storage.locations import open_store
+from job.storage.store import Store
+from tests.support.running import CLASSES, Published, run_job
+from tests.support.servers import FaultyProxy, faulty_proxy, gcs_server
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared TFDS directory: 120 photos of three classes, one of them undecodable."""
-    from tests.photos import write_dataset
+    from tests.support.photos import write_dataset
 
     return write_dataset(tmp_path_factory.mktemp("tfds"), "pets", {"train": 120}, CLASSES, size=40, bad=(50,))
 
@@ -70,11 +35,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from job.arms import Part
     from job.backbone_table import BACKBONES
-    from job.backbones import build, preprocessing
-    from job.batch_norm import Recalibrator
-    from job.model import Classifier, Head
-    from job.rows import Rows
-    from tests.photos import photo
+    from job.data.rows import Rows
+    from job.models.backbones import build, preprocessing
+    from job.models.classifier import Classifier, Head
+    from job.models.recalibration import Recalibrator
+    from tests.support.photos import photo
 
     keras.utils.set_random_seed(7)
     row = BACKBONES["MobileNet"]
@@ -105,15 +70,6 @@ def small(photos: Path, weights: Path) -> dict[str, str]:
         "TRANSFER_DETERMINISTIC": "true",
         "TRANSFER_MAX_BAD_IMAGES": "0.05",
     }
-
-
-@dataclass(frozen=True)
-class Published:
-    """A published run: how the process ended, where the run lies, and its manifest."""
-
-    process: Finished
-    folder: Path
-    manifest: dict[str, Any]
 
 
 @pytest.fixture(scope="session")
@@ -173,6 +129,6 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A folder with the files of a small run."""
-    from tests.small_runs import write_tree
+    from tests.support.small_runs import write_tree
 
     return write_tree(tmp_path / "tree")

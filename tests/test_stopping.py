@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.support.running import ROOT
 
 # A generous bound for what is to happen at once; the grace period is 24 s, so that the two cannot be confused.
 AT_ONCE = 12.0

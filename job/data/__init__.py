@@ -1,0 +1,1 @@
+"""From a data set to decoded rows on local disk."""

@@ -1,0 +1,321 @@
+"""The devices and workers that train as one."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from job import stopping
+from job.errors import ConfigError, UnavailableError, first_line
+from job.settings.cluster import Cluster
+
+logger = logging.getLogger(__name__)
+
+# A lost worker has to end the others within 30 s: it is missed for at most twice _SECONDS_BETWEEN_LOOKS and
+# _SECONDS_TO_ANSWER each, and _SECONDS_TO_END are left to save what is held.
+_SECONDS_BETWEEN_LOOKS = 4.0
+_SECONDS_TO_ANSWER = 3.0
+_LOOKS = 2
+_SECONDS_TO_END = 10.0
+# Until all workers have met.
+_SECONDS_BETWEEN_TRIES = 1.0
+_LOOKS_PER_LINE = 60
+_NAMED = 5  # of many workers, this many are named in a message
+# What TensorFlow raises, from whatever call comes next, once a worker has gone.
+_LOSSES = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+)
+
+_Numbers = npt.NDArray[np.int64]
+Tensors = list[tf.Tensor]
+_OnEach = Callable[[Tensors], list[Tensors]]
+Function = Callable[[tf.Tensor], tf.Tensor | Sequence[tf.Tensor]]
+
+
+class Replicas:
+    """Every device of every worker holds a copy of the model; this is what they do together.
+
+    A function that each replica runs is pure: it returns tensors, which are added up over all replicas, and only then,
+    once for all, variables change. So a step has one reduction, and every copy stays equal to every other.
+
+    workers: how many processes there are. worker: which of them this is, from 0. local: devices of each.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy | None = None,
+        cluster: Cluster | None = None,
+        devices: Sequence[str | None] = (None,),
+    ) -> None:
+        """Take a strategy over the ``devices`` of every worker of ``cluster``; none for one device of one worker."""
+        self._strategy = strategy
+        self.workers = len(cluster.addresses) if cluster else 1
+        self.worker = cluster.index if cluster else 0
+        self.local = len(devices)
+        self._devices = devices
+        self._compiled: dict[Function, _OnEach] = {}
+        self._watch: _Watch | None = None
+        if strategy and cluster:
+            self._exchange = self._exchanger(strategy)
+            self._watch = _Watch(cluster.peers)
+
+    @property
+    def count(self) -> int:
+        """Return the number of devices of all workers."""
+        return self.workers * self.local
+
+    @property
+    def is_chief(self) -> bool:
+        """Return whether this worker publishes, and saves checkpoints."""
+        return self.worker == 0
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the scope in which the model's variables are made, in the same order by every worker."""
+        return self._strategy.scope() if self._strategy else contextlib.nullcontext()
+
+    def total(self, function: Callable[[int], tuple[Tensors, Tensors]]) -> tuple[Tensors, Tensors]:
+        """Return the sums over all replicas of the first tensors of ``function``, and this worker's second ones.
+
+        For use in a tf.function, in the same order by every worker.
+
+        Args:
+            function: is given the number of a replica of this worker, from 0. It returns float32 tensors to add up, and
+                tensors that are the same on every replica. Where there are several, it assigns to no variable.
+        """
+        if self._strategy is None:
+            return function(0)
+        shapes: list[tf.TensorShape] = []
+
+        def replica() -> tuple[tf.Tensor, Tensors]:
+            summed, own = function(self._number())
+            shapes[:] = [tensor.shape for tensor in summed]
+            # one long vector: each reduction costs a round trip of the network
+            return tf.concat([tf.reshape(tensor, [-1]) for tensor in summed], axis=0), own
+
+        joined, own = self._strategy.run(replica)
+        total = self._strategy.reduce(tf.distribute.ReduceOp.SUM, joined, axis=None)
+        parts = tf.split(total, [shape.num_elements() for shape in shapes])
+        first = [self._strategy.experimental_local_results(tensor)[0] for tensor in own]
+        return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)], first
+
+    def each(self, function: Function, batches: Tensors) -> list[Tensors]:
+        """Return the tensors that ``function`` makes of each of ``batches``, one for each device of this worker.
+
+        They run at once, and exchange nothing, so any thread may call it at any time.
+        """
+        if self._strategy is None or self.local == 1:
+            return [tf.nest.flatten(function(batch)) for batch in batches]
+        if function not in self._compiled:
+            self._compiled[function] = self._on_each(self._strategy, function)
+        on_each: _OnEach = self._compiled[function]
+        return on_each(batches)
+
+    def _on_each(self, strategy: tf.distribute.Strategy, function: Function) -> _OnEach:
+        def on_each(batches: Tensors) -> list[Tensors]:
+            def replica() -> Tensors:
+                flat: Tensors = tf.nest.flatten(function(tf.identity(batches[self._number()])))
+                return flat
+
+            results = [strategy.experimental_local_results(tensor) for tensor in strategy.run(replica)]
+            return [list(of_one) for of_one in zip(*results, strict=True)]
+
+        compiled: _OnEach = tf.function(on_each, autograph=False, reduce_retracing=True)
+        return compiled
+
+    def copies(self, *arrays: npt.NDArray[Any]) -> list[tuple[tf.Tensor, ...]]:
+        """Return a copy of the arrays on each device of this worker."""
+        found = []
+        for device in self._devices:
+            with tf.device(device):
+                found.append(tuple(tf.identity(tf.constant(array)) for array in arrays))
+        return found
+
+    def _number(self) -> int:
+        """Return which of this worker's replicas is being traced."""
+        number = tf.get_static_value(tf.distribute.get_replica_context().replica_id_in_sync_group)
+        return int(number) - self.worker * self.local
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Return what every worker gives, in their order. All workers call it, as often and in the same order.
+
+        It goes through an all-reduce of whole numbers, where each adds to a place of its own: exact, whatever the bytes
+        mean. It costs as many times the traffic as there are workers, so it is for what is small beside the photos.
+        """
+        if self.workers == 1:
+            return [data]
+        sizes = np.zeros(self.workers, np.int64)
+        sizes[self.worker] = len(data)
+        sizes = self._exchange(sizes)
+        ends = np.cumsum(-(-sizes // 8))
+        if not ends[-1]:
+            return [b""] * self.workers
+        words = np.zeros(ends[-1], np.int64)
+        mine = np.frombuffer(data + bytes(-len(data) % 8), np.int64)
+        words[ends[self.worker] - len(mine) : ends[self.worker]] = mine
+        parts = np.split(self._exchange(words), ends[:-1])
+        return [part.tobytes()[:size] for part, size in zip(parts, sizes, strict=True)]
+
+    def from_chief(self, data: bytes) -> bytes:
+        """Return what the chief gives, whatever the others give. All workers call it."""
+        return self.gather(data if self.is_chief else b"")[0]
+
+    def agree(self, variable: str, what: str, value: str) -> None:
+        """Check that ``value`` is the same on every worker.
+
+        Raises:
+            ConfigError: it is not; ``variable`` is to blame, and the message tells each worker's.
+        """
+        values = [each.decode() for each in self.gather(value.encode())]
+        if len(set(values)) > 1:
+            told = ", ".join(f"worker {number}: {each}" for number, each in enumerate(values))
+            raise ConfigError.of(
+                variable, f"{what} differs between the workers of TF_CONFIG ({told}); start all with the same settings"
+            )
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run the block with the other workers, and leave it with them; their loss ends it.
+
+        Raises:
+            UnavailableError: a worker has gone, as TensorFlow found while it waited for it. Where nothing is waited
+                for, a thread finds out, and asks this process to stop.
+        """
+        if self._watch is None:
+            yield
+            return
+        self._watch.start()
+        try:
+            yield
+            # the chief may publish for minutes: whoever left before would be missed
+            self._watch.end()
+            self.gather(b"")
+        except _LOSSES as error:
+            raise _lost(error) from error
+        finally:
+            self._watch.end()
+
+    def _exchanger(self, strategy: tf.distribute.Strategy) -> Callable[[_Numbers], _Numbers]:
+        def add(numbers: tf.Tensor) -> tf.Tensor:
+            def replica() -> tf.Tensor:
+                # of a worker's devices, the first speaks for it
+                return tf.zeros_like(numbers) if self._number() else tf.identity(numbers)
+
+            return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(replica), axis=None)
+
+        added = tf.function(add, input_signature=[tf.TensorSpec([None], tf.int64)], autograph=False)
+        return lambda numbers: np.asarray(added(tf.constant(numbers)))
+
+
+def sum_over_replicas(tensor: tf.Tensor) -> tf.Tensor:
+    """Return the sum of ``tensor`` over all replicas, with gradients, within a function of :meth:`Replicas.total`."""
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tensor)
+
+
+def connect(cluster: Cluster | None, devices: Sequence[str]) -> Replicas:
+    """Return the replicas on ``devices`` of this process, and on those of the other workers, once all are there.
+
+    With workers, it has to come before anything that TensorFlow computes.
+    """
+    if cluster is not None:
+        # chief and workers become one job, in which worker 0 is the chief: it is the same to TensorFlow
+        spec = tf.train.ClusterSpec({"worker": list(cluster.addresses)})
+        resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+            spec, task_type="worker", task_id=cluster.index, rpc_layer="grpc"
+        )
+        _meet(cluster)
+        try:
+            strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
+            replicas = Replicas(strategy, cluster, strategy.extended.worker_devices)
+            replicas.agree("TF_CONFIG", "the number of devices", str(replicas.local))
+        except _LOSSES as error:
+            raise _lost(error) from error
+        stopping.heed_again()
+        return replicas
+    if len(devices) > 1:
+        return Replicas(tf.distribute.MirroredStrategy(list(devices)), None, devices)
+    return Replicas()
+
+
+def _meet(cluster: Cluster) -> None:
+    """Wait until the peers are there, as long as it takes: a platform starts machines as it gets them.
+
+    TensorFlow would wait too, but without a word, and a request to stop would go unheard.
+    """
+    _, _, port = cluster.addresses[cluster.index].rpartition(":")
+    told = {"worker": cluster.index, "workers": len(cluster.addresses)}
+    logger.info("this is worker %d of %d", cluster.index, len(cluster.addresses), extra=told)
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    try:
+        listener = socket.create_server(("", int(port)), family=family, dualstack_ipv6=family == socket.AF_INET6)
+    except OSError as error:
+        raise ConfigError.of(
+            "TF_CONFIG",
+            f"port {port} of this worker cannot be used: {error.strerror}; end what uses it, or give another",
+        ) from error
+    with listener:
+        missing = list(cluster.peers)
+        for looks in itertools.count():
+            missing = [peer for peer in missing if not _answers(peer)]
+            if not missing:
+                return
+            if looks % _LOOKS_PER_LINE == 0:
+                named = ", ".join(f"{host}:{port}" for host, port in missing[:_NAMED])
+                logger.info("waiting for %d other workers: %s", len(missing), named, extra=told)
+            stopping.stop_if_asked()
+            time.sleep(_SECONDS_BETWEEN_TRIES)
+
+
+def _lost(error: Exception) -> UnavailableError:
+    return UnavailableError(
+        "another worker has gone, so this one ends too: start all of them again with the same settings, and they go on "
+        f"from the last checkpoint ({first_line(error)[:200]})"
+    )
+
+
+class _Watch:
+    """Asks the process to stop once a peer is no longer there, however little is exchanged with it.
+
+    TensorFlow notices within 10 s, but tells only whoever waits for the lost worker. Decoding or publishing can take
+    minutes.
+    """
+
+    def __init__(self, peers: Sequence[tuple[str, int]]) -> None:
+        self._peers = peers
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="peers", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def end(self) -> None:
+        self._over.set()
+
+    def _look(self) -> None:
+        missed = dict.fromkeys(self._peers, 0)
+        while not self._over.wait(_SECONDS_BETWEEN_LOOKS):
+            for peer in self._peers:
+                missed[peer] = 0 if _answers(peer) else missed[peer] + 1
+                if missed[peer] >= _LOOKS and not self._over.is_set():
+                    logger.error("the worker at %s:%d has gone, so this one ends too", *peer)
+                    stopping.ask("a worker has gone", _SECONDS_TO_END)
+                    return
+
+
+def _answers(address: tuple[str, int]) -> bool:
+    """Return whether somebody listens there: a connection is made and closed, which gRPC servers do not mind."""
+    with contextlib.suppress(OSError), socket.create_connection(address, timeout=_SECONDS_TO_ANSWER):
+        return True
+    return False

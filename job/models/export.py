@@ -1,0 +1,109 @@
+"""A trained model as a SavedModel that needs no Keras, and the proof that it predicts what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from job.arms import Part
+from job.data.decoding import decode_image
+from job.models.classifier import Classifier
+
+# Examples on which the reloaded model is compared with the evaluated one, at a batch size that neither used before.
+PROOF_EXAMPLES = 24
+TOLERANCE = 1e-4
+_VARIABLES = Path("variables", "variables")
+_GRAPH = "saved_model.pb"
+_OBJECT_GRAPH = "_CHECKPOINTABLE_OBJECT_GRAPH"
+
+
+class Exporter:
+    """Writes SavedModels of one run, whose results differ in their variables' values alone.
+
+    TensorFlow takes seconds to write one: each of 260 variables becomes a dozen operations that save and restore it.
+    So the first result's graph is used for all, and for the others only the variables are written.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        """Take the names of the classes, in the order of the logits."""
+        self._classes = list(classes)
+        self._graph = b""
+        self._object_graph = b""
+
+    def export(self, classifier: Classifier, folder: Path) -> None:
+        """Write the SavedModel to ``folder``, with the signatures ``serving_default`` and ``from_pixels``.
+
+        ``serving_default``: image_bytes string [batch], encoded JPEG, PNG, GIF or BMP of any size. ``from_pixels``:
+        pixels uint8 [batch, size, size, 3]. Both return probabilities float32 [batch, classes], class_index int64
+        [batch] and class_name string [batch]. Every classifier given has the structure of the first.
+        """
+        if not self._graph:
+            self._write_whole(classifier, folder)
+            self._graph = (folder / _GRAPH).read_bytes()
+            reader = tf.train.load_checkpoint(str(folder / _VARIABLES))
+            self._object_graph = reader.get_tensor(_OBJECT_GRAPH)
+            return
+        (folder / _VARIABLES).parent.mkdir(parents=True)
+        # its companion fingerprint.pb is left out: it would hold a hash of the first result's variables
+        (folder / _GRAPH).write_bytes(self._graph)
+        variables = _variables(classifier)
+        keys = [f"saved/{i}/.ATTRIBUTES/VARIABLE_VALUE" for i in range(len(variables))]
+        tf.raw_ops.SaveV2(
+            prefix=str(folder / _VARIABLES),
+            tensor_names=[*keys, _OBJECT_GRAPH],
+            shape_and_slices=[""] * (len(keys) + 1),
+            tensors=[*variables, tf.constant(self._object_graph)],
+        )
+
+    def _write_whole(self, classifier: Classifier, folder: Path) -> None:
+        size = classifier.image_size
+        names = tf.constant(self._classes)
+        logits_of = classifier.inference(classifier.cut(Part.ALL))
+
+        @tf.function(input_signature=[tf.TensorSpec([None, size, size, 3], tf.uint8, "pixels")], autograph=False)  # type: ignore[untyped-decorator]
+        def from_pixels(pixels: Any) -> dict[str, Any]:
+            probabilities = tf.nn.softmax(logits_of(pixels), name="probabilities")
+            index = tf.argmax(probabilities, axis=1, output_type=tf.int64)
+            return {"probabilities": probabilities, "class_index": index, "class_name": tf.gather(names, index)}
+
+        @tf.function(input_signature=[tf.TensorSpec([None], tf.string, "image_bytes")], autograph=False)  # type: ignore[untyped-decorator]
+        def from_bytes(image_bytes: Any) -> dict[str, Any]:
+            pixels = tf.map_fn(
+                lambda encoded: decode_image(encoded, size),
+                image_bytes,
+                fn_output_signature=tf.TensorSpec([size, size, 3], tf.uint8),
+            )
+            served: dict[str, Any] = from_pixels(pixels)
+            return served
+
+        module = tf.Module()
+        module.saved = _variables(classifier)
+        tf.saved_model.save(module, folder, {"serving_default": from_bytes, "from_pixels": from_pixels})
+
+
+def _variables(classifier: Classifier) -> list[tf.Variable]:
+    return [variable.value for variable in (*classifier.backbone.variables, *classifier.head.variables)]
+
+
+def prove(folder: Path, pixels: npt.NDArray[np.uint8], probabilities: npt.NDArray[np.float32]) -> float:
+    """Reload the SavedModel and return its largest difference in probability from what was measured.
+
+    pixels: uint8 [n, size, size, 3], some test examples. probabilities: float32 [n, classes], measured on them.
+
+    Raises RuntimeError where it exceeds ``TOLERANCE``: a model that does not predict what was measured is never
+    published.
+    """
+    reloaded = tf.saved_model.load(folder)
+    served = reloaded.signatures["from_pixels"](pixels=tf.constant(pixels))["probabilities"]
+    difference = float(np.abs(served.numpy() - probabilities).max())
+    if not difference <= TOLERANCE:
+        raise RuntimeError(
+            f"the SavedModel in {folder} differs from the evaluated model by {difference:.3g} in probability on "
+            f"{len(pixels)} test examples; at most {TOLERANCE} is accepted"
+        )
+    return difference

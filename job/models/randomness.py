@@ -1,0 +1,43 @@
+"""All randomness: a function of the seed, of what it is for, and of the step and the place in the batch."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+# What a step draws numbers for. Each has a stream of its own, so that one setting does not change another's draws.
+DROPOUT, AUGMENTATION = range(2)
+
+
+def derived_seed(seed: int, purpose: str, *counters: int) -> int:
+    """Return a 31-bit seed that depends on all arguments and on nothing else.
+
+    All randomness is a function of (seed, purpose, step), so that a resumed run draws what the undisturbed one drew.
+    """
+    entropy = (seed, zlib.crc32(purpose.encode()), *counters)
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Where the random numbers of one step come from; no state, so that a resumed run draws the same.
+
+    seed: int32 [2], of the phase and the step. batch: int32 scalar, examples in the whole batch. places: int32 [n],
+    where in it the present rows stand: numbers belong to a place, however the batch is divided among replicas. Both
+    None where the rows are the whole batch.
+    """
+
+    seed: tf.Tensor
+    batch: tf.Tensor | None = None
+    places: tf.Tensor | None = None
+
+    def uniform(self, purpose: int, rows: tf.Tensor, width: int) -> tf.Tensor:
+        """Return float32 [n, width] in [0, 1) for ``rows`` [n, ...]."""
+        batch = tf.shape(rows)[0] if self.batch is None else self.batch
+        # by default the algorithm would be the device's choice
+        seed = tf.random.experimental.stateless_fold_in(self.seed, purpose, alg="philox")
+        drawn = tf.random.stateless_uniform([batch, width], seed, alg="philox")
+        return drawn if self.places is None else tf.gather(drawn, self.places)

@@ -1,0 +1,302 @@
+"""The environment as one frozen object: the only module that reads ``os.environ``.
+
+:func:`load` reports everything that is wrong at once; :func:`variables` is the table of all variables, made from the
+same declarations. ``groups`` declares them and ``types`` says what one value may be; all other modules
+import from here. Nothing here imports TensorFlow.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from dataclasses import astuple, dataclass, field
+from functools import partial
+from itertools import combinations
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from pydantic_settings import EnvSettingsSource
+
+from job.backbone_table import BACKBONES
+from job.errors import ConfigError, Problem
+from job.settings.groups import (
+    PREFIX,
+    DataSettings,
+    Group,
+    ModelSettings,
+    OutputSettings,
+    PlatformSettings,
+    RuntimeSettings,
+    TrainingSettings,
+    default_head_epochs,
+)
+from job.settings.types import shown
+from job.uris import without_secrets
+
+__all__ = [
+    "DataSettings",
+    "ModelSettings",
+    "OutputSettings",
+    "PlatformSettings",
+    "RuntimeSettings",
+    "Settings",
+    "TrainingSettings",
+    "Variable",
+    "default_head_epochs",
+    "fingerprint",
+    "load",
+    "log_format",
+    "quiet_tensorflow",
+    "variables",
+    "variables_markdown",
+]
+
+# The contract lists these after all other settings, whoever owns them.
+_LISTED_LAST = ("max_bad_images", "cost_per_hour", "log_format")
+_SETTINGS = sorted(
+    (
+        declared
+        for group in (DataSettings, ModelSettings, TrainingSettings, RuntimeSettings, OutputSettings)
+        for declared in group.declared()
+    ),
+    key=lambda declared: _LISTED_LAST.index(declared.name) if declared.name in _LISTED_LAST else -1,
+)
+_NAMES = {declared.variable.removeprefix(PREFIX): declared.variable for declared in _SETTINGS}
+
+_NOT_DECIDING = frozenset(
+    {
+        "dataset",
+        "data_dir",
+        "weights",
+        "weights_sha256",
+        "cache_dir",
+        "checkpoint_uri",
+        "checkpoint_seconds",
+        "output_uri",
+        "run_id",
+        "max_bad_images",
+        "cost_per_hour",
+        "log_format",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of a run, each group for the module that owns it."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
+    output: OutputSettings = field(default_factory=OutputSettings)
+    platform: PlatformSettings = field(default_factory=PlatformSettings)
+
+    @property
+    def workers(self) -> int:
+        """Return how many workers train together."""
+        cluster = self.platform.cluster
+        return len(cluster.addresses) if cluster else 1
+
+    def resolved(self) -> dict[str, Any]:
+        """Return every ``TRANSFER_`` setting as JSON values under its lower-case name without prefix.
+
+        Defaults that depend on other settings are filled in; credentials and queries in URIs and paths are left out.
+        """
+        values: dict[str, Any] = {}
+        for group in (self.data, self.model, self.training, self.runtime, self.output):
+            values |= group.model_dump(mode="json")
+        values["head_epochs"] = self.training.resolved_head_epochs
+        values["fine_tune_from"] = self.training.fine_tune_from or BACKBONES[self.model.backbone].fine_tune_from
+        values = {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
+        return {declared.name: values[declared.name] for declared in _SETTINGS}
+
+    def deciding(self) -> dict[str, Any]:
+        """Return the part of :meth:`resolved` that decides the result.
+
+        Data and weights are not in it by name: whoever takes a fingerprint adds them by content.
+        """
+        return {name: value for name, value in self.resolved().items() if name not in _NOT_DECIDING}
+
+
+def fingerprint(facts: Mapping[str, object]) -> str:
+    """Return the sha256, in hex, of ``facts`` as canonical JSON: the order of keys does not matter.
+
+    Raises:
+        TypeError: if a value has no JSON form.
+        ValueError: if a number is NaN or infinite.
+    """
+    canonical = json.dumps(dict(facts), sort_keys=True, allow_nan=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def quiet_tensorflow(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Hide TensorFlow's start-up notices, which drown the job's own log lines; call before it is imported."""
+    environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+# --- the table of variables --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One row of the table: all as text."""
+
+    name: str
+    type: str
+    default: str
+    meaning: str
+
+
+def variables() -> list[Variable]:
+    """Return every variable in the contract's order, the platform's after the job's own."""
+    return [
+        Variable(declared.variable, declared.kind, declared.default, str(declared.info.description))
+        for declared in (*_SETTINGS, *PlatformSettings.declared())
+    ]
+
+
+def variables_markdown() -> str:
+    """Return :func:`variables` as a Markdown table, its columns aligned."""
+    rows = [("variable", "type", "default", "meaning"), *map(astuple, variables())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    lines.insert(1, ["-" * width for width in widths])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def load(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read and check all settings.
+
+    Args:
+        environ: the environment; the process's own if None.
+
+    Raises:
+        ConfigError: with everything that is wrong, not the first thing only.
+    """
+    environ = os.environ if environ is None else environ
+    problems = [_unknown(name, environ[name]) for name in sorted(environ) if _is_unknown(name)]
+    settings = Settings(
+        data=_read(DataSettings, environ, problems),
+        model=_read(ModelSettings, environ, problems),
+        training=_read(TrainingSettings, environ, problems),
+        runtime=_read(RuntimeSettings, environ, problems),
+        output=_read(OutputSettings, environ, problems),
+        platform=_read(PlatformSettings, environ, problems),
+    )
+    wrong = {problem.variable for problem in problems}
+    for concerned, check in _CHECKS:
+        if wrong.isdisjoint(concerned):
+            problems.extend(Problem(concerned[0], message) for message in check(settings))
+    if problems:
+        raise ConfigError(problems)
+    return settings
+
+
+def log_format(environ: Mapping[str, str] | None = None) -> str:
+    """Return the value of ``TRANSFER_LOG_FORMAT``, or "auto" where it is not an accepted one.
+
+    With it the errors of :func:`load` can be reported.
+
+    Args:
+        environ: the environment; the process's own if None.
+    """
+    return _read(RuntimeSettings, os.environ if environ is None else environ, []).log_format
+
+
+def _is_unknown(name: str) -> bool:
+    # Transfer_Epochs, too, would otherwise change nothing without a word.
+    return name.upper().startswith(PREFIX) and name not in _NAMES.values()
+
+
+_SECRET_NAME = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
+
+
+def _unknown(name: str, value: str) -> Problem:
+    nearest = _NAMES[difflib.get_close_matches(name.upper().removeprefix(PREFIX), _NAMES, n=1, cutoff=0)[0]]
+    received = "a value not shown here" if _SECRET_NAME.search(name) else shown(value)
+    return Problem(
+        name,
+        f"received {received}, but there is no such setting; the nearest is {nearest} "
+        "(`python -m job env` lists all that are accepted)",
+    )
+
+
+_GroupT = TypeVar("_GroupT", bound=Group)
+
+
+def _read(group: type[_GroupT], environ: Mapping[str, str], problems: list[Problem]) -> _GroupT:
+    """Return the group with what is right in the environment; add to ``problems`` what is not."""
+    given: dict[str, str] = {}
+    for declared in group.declared():
+        value = environ.get(declared.variable)
+        if value is None or (value == "" and declared.default == ""):
+            continue
+        if value == "":
+            fault = f"an empty value is not a default; unset it for {declared.default}, or give {declared.accepted}"
+        elif declared.variable.startswith(PREFIX) and value != value.strip():
+            fault = f"it begins or ends with white space; accepted: {declared.accepted}, without it"
+        else:
+            given[declared.variable.lower()] = value
+            continue
+        problems.append(Problem(declared.variable, f"received {shown(value)}: {fault}"))
+    source = EnvSettingsSource(group)
+    source.env_vars = given
+    values = source()
+    try:
+        return group(**values)
+    except ValidationError as error:
+        for detail in error.errors(include_url=False):
+            key = str(detail["loc"][0])
+            declared = next(declared for declared in group.declared() if key in (declared.name, declared.variable))
+            values.pop(key, None)
+            problems.append(declared.problem(environ[declared.variable], detail))
+    return group(**values)
+
+
+# --- checks over several values ---------------------------------------------------------------------------------
+
+
+def _check_same_split(second: str, first: str, settings: Settings) -> Iterator[str]:
+    expressions = dict(settings.data)
+    mine, other = (expressions[name.removeprefix(PREFIX).lower()] for name in (second, first))
+    if "".join(mine.split()) == "".join(other.split()):
+        yield (
+            f"received {shown(mine)}, which {first} is too; "
+            "accepted: TFDS split expressions that do not overlap, e.g. train[:80%], train[80%:90%], train[90%:]"
+        )
+
+
+def _check_image_size(settings: Settings) -> Iterator[str]:
+    smallest = BACKBONES[settings.model.backbone].minimum_size
+    if settings.model.image_size < smallest:
+        yield (
+            f"received '{settings.model.image_size}', which is too small for {settings.model.backbone} "
+            f"(TRANSFER_BACKBONE); accepted: a whole number, at least {smallest} and at most 4096"
+        )
+
+
+def _check_head_epochs(settings: Settings) -> Iterator[str]:
+    training = settings.training
+    if "fine_tune" in training.arms and training.resolved_head_epochs >= training.epochs:
+        yield (
+            f"received '{training.head_epochs}', which with TRANSFER_EPOCHS={training.epochs} leaves fine_tune no "
+            f"epoch to fine-tune in; accepted: a whole number, at least 0 and below {training.epochs}; "
+            "or raise TRANSFER_EPOCHS, or leave fine_tune out of TRANSFER_ARMS"
+        )
+
+
+# Each check runs when the variables it concerns are right in themselves; its problems bear the first one's name.
+_SPLITS = ("TRANSFER_TRAIN_SPLIT", "TRANSFER_VALIDATION_SPLIT", "TRANSFER_TEST_SPLIT")
+_CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] = (
+    *(((second, first), partial(_check_same_split, second, first)) for first, second in combinations(_SPLITS, 2)),
+    (("TRANSFER_IMAGE_SIZE", "TRANSFER_BACKBONE"), _check_image_size),
+    (("TRANSFER_HEAD_EPOCHS", "TRANSFER_EPOCHS", "TRANSFER_ARMS"), _check_head_epochs),
+)

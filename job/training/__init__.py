@@ -1,0 +1,1 @@
+"""The one loop: steps, epochs, checkpoints, evaluation."""

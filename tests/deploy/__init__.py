@@ -1,0 +1,1 @@
+"""Tests of what surrounds the code: image, deploy manifests, README and docs."""

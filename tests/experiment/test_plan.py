@@ -1,0 +1,144 @@
+"""``python -m job plan``: what it checks, tells and measures, by the real command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.arms import ARMS
+from job.errors import ConfigError
+from job.experiment.estimate import duration
+from tests.support.running import Finished, Published, run_job
+
+ARM_NAMES = list(ARMS)
+
+
+def found(process: Finished) -> dict[str, Any]:
+    assert process.code == 0, process.errors
+    (line,) = (line for line in process.lines if "fingerprint" in line and "message" not in line)
+    return line
+
+
+@pytest.fixture(scope="module")
+def planned(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """What the command says of the small comparison at two fractions, and the folder that it was to write to."""
+    output = tmp_path_factory.mktemp("plan") / "output"
+    changes = {"TRANSFER_OUTPUT_URI": str(output), "TRANSFER_COST_PER_HOUR": "3600"}
+    return found(run_job(small | changes | {"TRANSFER_TRAIN_FRACTIONS": "0.5,1.0"}, "plan")), output
+
+
+def test_it_counts_what_a_run_would_do(planned: tuple[dict[str, Any], Path]) -> None:
+    plan, output = planned
+    assert plan["results"] == 6
+    assert plan["examples"] == {"train": 72, "validation": 24, "test": 24}
+    # two epochs of 36 and of 72 images, 16 at a time
+    assert plan["steps"] == dict.fromkeys(ARM_NAMES, 2 * (3 + 5))
+    assert (plan["arms"], plan["fractions"], plan["seeds"]) == (ARM_NAMES, [0.5, 1.0], [0])
+    assert plan["output"] == str(output / plan["run_id"])
+    assert plan["checkpoints"] == str(output / plan["run_id"] / "checkpoints")
+    assert plan["published"] is False
+    assert (plan["fine_tune_from"], plan["cut"], plan["row_bytes"]) == ("conv_pw_12", "conv_dw_12_relu", 2048)
+
+
+def test_it_tells_what_a_run_needs_and_what_there_is(planned: tuple[dict[str, Any], Path]) -> None:
+    plan, _ = planned
+    assert plan["device_proof"].startswith("matrix product and convolution computed")
+    pixels = 120 * 32 * 32 * 3
+    assert pixels < plan["disk"]["needed"] < plan["disk"]["free"]
+    assert 0 < plan["memory"]["needed"] < plan["memory"]["limit"]
+
+
+def test_it_measures_seconds_and_prices_them(planned: tuple[dict[str, Any], Path]) -> None:
+    plan, _ = planned
+    seconds = dict(plan["seconds"])
+    total = seconds.pop("total")
+    assert set(seconds) == {"start", "decode", "features", *ARM_NAMES, "evaluation", "export"}
+    assert all(value > 0 for value in seconds.values()), seconds
+    assert total == pytest.approx(sum(seconds.values()), abs=0.1)
+    assert plan["cost"] == pytest.approx(total, abs=0.1)  # at 3600 an hour
+
+
+def test_it_leaves_nothing_behind(planned: tuple[dict[str, Any], Path]) -> None:
+    _, output = planned
+    assert not output.exists()
+
+
+@pytest.mark.slow
+def test_people_get_a_table(small: dict[str, str], tmp_path: Path) -> None:
+    changes = {"TRANSFER_LOG_FORMAT": "text", "TRANSFER_ARMS": "frozen", "TRANSFER_OUTPUT_URI": str(tmp_path / "out")}
+    # the platform's place is not used where one is asked for
+    changes |= {"AIP_CHECKPOINT_DIR": str(tmp_path / "vertex"), "TRANSFER_CHECKPOINT_URI": str(tmp_path / "mine")}
+    done = run_job(small | changes, "plan")
+    assert done.code == 0, done.errors
+    for told in (
+        "72 train, 24 validation, 24 test", "matrix product and convolution computed", "time in all",
+        f"{tmp_path / 'mine'}/pets-MobileNet-",
+    ):  # fmt: skip
+        assert told in done.errors
+    assert "fine_tune trains from" not in done.errors
+    assert "cost" not in done.errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_published_run_would_take_no_time(small: dict[str, str], published: Published) -> None:
+    plan = found(run_job(small | {"TRANSFER_OUTPUT_URI": str(published.folder.parent)}, "plan"))
+    assert plan["run_id"] == published.manifest["run_id"]
+    assert plan["published"] is True
+    assert plan["seconds"] == {"total": 0.0}
+
+
+def test_another_experiment_under_the_same_id_is_refused(small: dict[str, str], published: Published) -> None:
+    changes = {"TRANSFER_OUTPUT_URI": str(published.folder.parent), "TRANSFER_EPOCHS": "1"}
+    named = {"TRANSFER_RUN_ID": published.manifest["run_id"], "TRANSFER_ARMS": "frozen"}
+    done = run_job(small | changes | named, "plan")
+    assert done.code == ConfigError.exit_code, done.errors
+    assert "another experiment is published" in done.text
+
+
+@pytest.mark.slow
+def test_rows_that_are_kept_are_counted_on_and_left_alone(tiny: dict[str, str], tmp_path: Path) -> None:
+    changes = {"TRANSFER_ARMS": "frozen", "TRANSFER_CACHE_DIR": str(tmp_path / "cache")}
+    changes |= {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
+    assert run_job(tiny | changes).code == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "features").iterdir()}
+    assert len(before) == 6
+    plan = found(run_job(tiny | changes | {"TRANSFER_EPOCHS": "3"}, "plan"))
+    assert plan["seconds"]["features"] == 0.0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache" / "features").iterdir()} == before
+
+
+@pytest.mark.parametrize("verb", [pytest.param("run", marks=pytest.mark.slow), "plan"])
+def test_images_that_fill_the_memory_are_refused_before_anything_is_built(
+    small: dict[str, str], tmp_path: Path, verb: str
+) -> None:
+    changes = {"TRANSFER_IMAGE_SIZE": "4096", "TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
+    done = run_job(small | changes | {"TRANSFER_BACKBONE": "VGG16", "TRANSFER_FINE_TUNE_FROM": "block5_conv1"}, verb)
+    assert done.code == ConfigError.exit_code, done.errors
+    (problem,) = (line for line in done.lines if line["severity"] == "ERROR")
+    assert problem["variable"] == "TRANSFER_IMAGE_SIZE"
+    assert "GB of memory, and " in problem["message"]
+
+
+@pytest.mark.parametrize(
+    "variable", ["TRANSFER_CHECKPOINT_URI", pytest.param("AIP_CHECKPOINT_DIR", marks=pytest.mark.slow)]
+)
+def test_a_place_for_checkpoints_that_cannot_be_written_is_refused_by_name(
+    small: dict[str, str], tmp_path: Path, variable: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    done = run_job(
+        small | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output"), variable: str(tmp_path / "file" / "below")}, "plan"
+    )
+    assert done.code == ConfigError.exit_code, done.errors
+    (problem,) = (line for line in done.lines if line["severity"] == "ERROR")
+    assert problem["variable"] == variable
+    assert "file/below" in problem["message"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (3600, "60 min"), (12_000, "3 h 20 min")]
+)
+def test_durations_are_told_for_people(seconds: float, told: str) -> None:
+    assert duration(seconds) == told

@@ -1,0 +1,301 @@
+"""The whole comparison by the real command: environment in, published manifest out."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.running import CLASSES, ROOT, Published, run_job
+from tests.support.servers import GATEWAY, GOOGLE, faulty_proxy, gcs_gateway, gcs_server
+
+ARMS = ["scratch", "frozen", "fine_tune"]
+
+
+def by_arm(published: Published) -> dict[str, dict[str, Any]]:
+    return {result["arm"]: result for result in published.manifest["results"]}
+
+
+def test_every_log_line_is_json_with_severity_message_and_time(published: Published) -> None:
+    assert published.process.lines
+    assert all({"severity", "message", "time"} <= set(line) for line in published.process.lines)
+    epochs = [line for line in published.process.lines if "epoch" in line]
+    assert {(line["arm"], line["epoch"]) for line in epochs} == {(arm, epoch) for arm in ARMS for epoch in (1, 2)}
+
+
+def test_the_run_holds_what_the_contract_lists_and_nothing_else(published: Published) -> None:
+    listed = {artifact["path"] for artifact in published.manifest["artifacts"]} | {"manifest.json"}
+    there = {path.relative_to(published.folder).as_posix() for path in published.folder.rglob("*") if path.is_file()}
+    assert there == listed
+    top = {"manifest.json", "manifest.schema.json", "report.html", "arms", "tensorboard"}
+    assert {path.partition("/")[0] for path in listed} == top
+    for arm in ARMS:
+        place = f"{arm}/fraction-1/seed-0"
+        files = {f"arms/{place}/{name}" for name in ("predictions.csv", "model_card.md", "saved_model/saved_model.pb")}
+        assert files | {f"tensorboard/{place}/events.out.tfevents.0.result"} <= listed
+
+
+def test_the_report_answers_first_and_shows_the_photos_that_each_arm_got_wrong(published: Published) -> None:
+    page = (published.folder / "report.html").read_text(encoding="utf-8")
+    assert published.manifest["verdict"] in html.unescape(page)
+    wrong = {one["example_id"] for result in published.manifest["results"] for one in result["most_wrong"]}
+    assert wrong
+    assert page.count("data:image/jpeg;base64,") == sum(
+        len(result["most_wrong"]) for result in published.manifest["results"]
+    )
+
+
+def test_what_a_model_got_most_wrong_is_what_its_predictions_say(published: Published) -> None:
+    for result in published.manifest["results"]:
+        path = published.folder / Path(result["saved_model"]).parent / "predictions.csv"
+        with path.open(newline="") as file:
+            rows = [(row[0], int(row[1]), [float(value) for value in row[2:]]) for row in list(csv.reader(file))[1:]]
+        wrong = [row for row in rows if max(row[2]) != row[2][row[1]]]
+        wrong.sort(key=lambda row: row[2][row[1]])
+        told = [(one["example_id"], one["label"], one["label_probability"]) for one in result["most_wrong"]]
+        assert told == [(name, CLASSES[label], pytest.approx(p[label])) for name, label, p in wrong[:12]]
+
+
+def test_the_manifest_says_what_was_run(published: Published) -> None:
+    manifest = published.manifest
+    assert published.folder.name == manifest["run_id"]
+    assert manifest["run_id"].endswith(manifest["fingerprint"][:12])
+    assert manifest["dataset"]["classes"] == list(CLASSES)
+    assert manifest["dataset"]["skipped_examples"] == 1
+    splits = manifest["dataset"]["splits"]
+    assert [splits[name]["examples"] for name in ("train", "validation", "test")] == [71, 24, 24]
+    assert manifest["settings"]["head_epochs"] == 1
+    assert manifest["settings"]["run_id"] == manifest["run_id"]
+    assert manifest["environment"]["deterministic"] is True
+    assert len(manifest["backbone"]["weights"]["sha256"]) == 64
+    assert [result["arm"] for result in manifest["results"]] == ARMS
+    assert {(c["better"], c["worse"]) for c in manifest["comparisons"]} | {
+        (c["worse"], c["better"]) for c in manifest["comparisons"]
+    } == {(a, b) for a in ARMS for b in ARMS if a != b}
+
+
+def test_each_arm_trains_what_it_should(published: Published) -> None:
+    results = by_arm(published)
+    parameters = {arm: result["parameters"] for arm, result in results.items()}
+    whole = parameters["scratch"]["backbone_trainable"]
+    assert parameters["frozen"]["backbone_trainable"] == 0
+    assert 0 < parameters["fine_tune"]["backbone_trainable"] < whole
+    assert parameters["frozen"]["trainable"] == 1024 * 3 + 3
+    assert len({values["total"] for values in parameters.values()}) == 1
+    assert [epoch["phase"] for epoch in results["fine_tune"]["history"]] == ["head", "tail"]
+    assert all([epoch["epoch"] for epoch in result["history"]] == [1, 2] for result in results.values())
+
+
+def test_only_the_arm_whose_batch_norm_trains_reports_it(published: Published) -> None:
+    results = by_arm(published)
+    assert "batch_norm" not in results["frozen"]
+    assert "batch_norm" not in results["fine_tune"]
+    scratch = results["scratch"]
+    assert set(scratch["batch_norm"]) == {"test_accuracy_raw", "test_accuracy_recalibrated"}
+    assert scratch["batch_norm"]["test_accuracy_recalibrated"] == scratch["metrics"]["test"]["accuracy"]
+
+
+def test_predictions_are_those_behind_the_metrics(published: Published) -> None:
+    for result in published.manifest["results"]:
+        path = published.folder / Path(result["saved_model"]).parent / "predictions.csv"
+        with path.open(newline="") as file:
+            header, *rows = csv.reader(file)
+        assert header == ["example_id", "label", *(f"probability_{name}" for name in CLASSES)]
+        probabilities = [[float(value) for value in row[2:]] for row in rows]
+        assert all(abs(sum(row) - 1) < 1e-5 for row in probabilities)
+        hits = sum(row.index(max(row)) == int(label) for row, (_, label, *_) in zip(probabilities, rows, strict=True))
+        assert hits / len(rows) == result["metrics"]["test"]["accuracy"]
+        assert len({row[0] for row in rows}) == len(rows) == 24
+
+
+def test_costs_follow_from_the_price_and_the_seconds(published: Published) -> None:
+    for result in published.manifest["results"]:
+        assert result["cost"] == pytest.approx(result["seconds"]["total"] / 3600 * 3.6)
+        parts = sum(result["seconds"][name] for name in ("data", "features", "training", "evaluation", "export"))
+        assert parts <= result["seconds"]["total"] + 0.01
+
+
+def test_verify_accepts_the_run_and_finds_a_changed_byte(published: Published, tmp_path: Path) -> None:
+    assert run_job({}, "verify", str(published.folder)).code == 0
+    copy = tmp_path / "copy"
+    shutil.copytree(published.folder, copy)
+    victim = copy / "arms/frozen/fraction-1/seed-0/predictions.csv"
+    victim.write_bytes(victim.read_bytes().replace(b"0", b"1", 1))
+    damaged = run_job({}, "verify", str(copy))
+    assert damaged.code == 1
+    assert "predictions.csv" in damaged.text
+
+
+def test_a_repeat_of_a_finished_run_verifies_it_and_trains_nothing(published: Published, small: dict[str, str]) -> None:
+    before = (published.folder / "manifest.json").read_bytes()
+    again = run_job(small | {"TRANSFER_OUTPUT_URI": str(published.folder.parent), "TRANSFER_COST_PER_HOUR": "1"})
+    assert again.code == 0, again.errors
+    assert not [line for line in again.lines if "epoch" in line]
+    assert (published.folder / "manifest.json").read_bytes() == before
+
+
+def test_another_experiment_under_a_taken_id_is_refused(published: Published, small: dict[str, str]) -> None:
+    taken = {
+        "TRANSFER_OUTPUT_URI": str(published.folder.parent),
+        "TRANSFER_RUN_ID": published.folder.name,
+        "TRANSFER_EPOCHS": "3",
+    }
+    refused = run_job(small | taken)
+    assert refused.code == 78
+    assert "TRANSFER_RUN_ID" in refused.text
+
+
+def test_results_are_bit_identical_without_the_cache_and_in_another_order(
+    published: Published, small: dict[str, str], tmp_path: Path
+) -> None:
+    changes = {"TRANSFER_FEATURE_CACHE": "off", "TRANSFER_ARMS": "fine_tune,frozen", "TRANSFER_RUN_ID": "uncached"}
+    done = run_job(small | changes | {"TRANSFER_OUTPUT_URI": str(tmp_path)})
+    assert done.code == 0, done.errors
+    for arm in ("fine_tune", "frozen"):
+        where = f"arms/{arm}/fraction-1/seed-0"
+        predictions = [folder / where / "predictions.csv" for folder in (tmp_path / "uncached", published.folder)]
+        assert predictions[0].read_bytes() == predictions[1].read_bytes(), arm
+        models = [folder / where / "saved_model" for folder in (tmp_path / "uncached", published.folder)]
+        uncached, cached = (variables_of(model) for model in models)
+        assert uncached.keys() == cached.keys()
+        for name, value in uncached.items():
+            np.testing.assert_array_equal(value, cached[name], err_msg=f"{arm}: {name}")
+    manifest = json.loads((tmp_path / "uncached" / "manifest.json").read_text())
+    assert {result["arm"]: result["rows"]["kept"] for result in manifest["results"]} == {
+        "fine_tune": "no",
+        "frozen": "no",
+    }
+    assert not any("features of" in line["message"] for line in done.lines)
+
+
+def variables_of(saved_model: Path) -> dict[str, Any]:
+    """Return every number of a SavedModel under its name there."""
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(saved_model / "variables" / "variables"))
+    names = [name for name in reader.get_variable_to_shape_map() if name.endswith("VARIABLE_VALUE")]
+    assert len(names) > 100
+    return {name: reader.get_tensor(name) for name in names}
+
+
+def test_the_manifest_says_what_was_read_in_each_epoch(published: Published) -> None:
+    rows = {arm: result["rows"] for arm, result in by_arm(published).items()}
+    assert rows == {
+        "scratch": {"cut": "pixels", "row_bytes": 32 * 32 * 3, "kept": "disk"},
+        "frozen": {"cut": "pooled", "row_bytes": 1024 * 4, "kept": "memory"},
+        "fine_tune": {"cut": "conv_dw_12_relu", "row_bytes": 1 * 1 * 512 * 4, "kept": "disk"},
+    }
+
+
+def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest without what may differ between places: times, costs, paths and what hangs on them."""
+    kept = json.loads(json.dumps(manifest))
+    for name in ("created", "artifacts"):
+        del kept[name]
+    for name in ("dataset", "data_dir", "output_uri", "weights"):
+        del kept["settings"][name]
+    del kept["backbone"]["weights"]["source"]
+    for result in kept["results"]:
+        for name in ("seconds", "examples_per_second", "energy_joules", "cost"):
+            result.pop(name, None)
+        for epoch in result["history"]:
+            del epoch["seconds"]
+    for summary in kept["summaries"]:
+        for name in ("seconds", "cost"):
+            summary.pop(name, None)
+    kept["settings"].pop("cost_per_hour")
+    return dict(kept)
+
+
+@pytest.mark.skipif(not GATEWAY.is_file(), reason=f"{GATEWAY} is not there: TensorFlow's client cannot reach a server")
+def test_from_bucket_to_bucket_gives_the_same_manifest(
+    published: Published, small: dict[str, str], photos: Path, weights: Path, tmp_path: Path
+) -> None:
+    for name in ("data", "results", "models"):
+        (tmp_path / "buckets" / name).mkdir(parents=True)
+    shutil.copytree(photos, tmp_path / "buckets" / "data" / "tfds" / "pets" / "1.0.0")
+    shutil.copy(weights, tmp_path / "buckets" / "data" / "mobilenet.weights.h5")
+    with (
+        gcs_server(tmp_path / "buckets", external_url=GOOGLE) as server,
+        faulty_proxy(server) as proxy,
+        gcs_gateway(server, tmp_path) as gateway,
+    ):
+        environment = (
+            small
+            | gateway
+            | {
+                "STORAGE_EMULATOR_HOST": proxy.url,
+                "TRANSFER_DATASET": "gs://data/tfds/pets/1.0.0",
+                "TRANSFER_WEIGHTS": "gs://data/mobilenet.weights.h5",
+                "TRANSFER_OUTPUT_URI": "gs://results/some/prefix",
+                "AIP_MODEL_DIR": "gs://models/best",
+                "AIP_TENSORBOARD_LOG_DIR": "gs://models/logs",
+            }
+        )
+        done = run_job(environment)
+        assert done.code == 0, done.errors
+        run_id = published.manifest["run_id"]
+        verified = run_job({"STORAGE_EMULATOR_HOST": proxy.url}, "verify", f"gs://results/some/prefix/{run_id}")
+        assert verified.code == 0, verified.errors
+        fetched = json.loads(_fetch(server, "results", f"some/prefix/{run_id}/manifest.json"))
+        assert _fetch(server, "models", "best/saved_model.pb")
+        watched = f"logs/{run_id}/fine_tune/fraction-1/seed-0/events.out.tfevents.0.result"
+        assert b"test/accuracy" in _fetch(server, "models", watched)
+    assert comparable(fetched) == comparable(published.manifest)
+    predictions = [a["sha256"] for a in fetched["artifacts"] if a["path"].endswith("predictions.csv")]
+    assert predictions == [
+        a["sha256"] for a in published.manifest["artifacts"] if a["path"].endswith("predictions.csv")
+    ]
+
+
+def _fetch(server: str, bucket: str, name: str) -> bytes:
+    from urllib.parse import quote
+    from urllib.request import urlopen
+
+    with urlopen(f"{server}/storage/v1/b/{bucket}/o/{quote(name, safe='')}?alt=media") as answer:  # noqa: S310
+        return bytes(answer.read())
+
+
+def test_sigterm_ends_the_run_with_143_and_publishes_nothing(small: dict[str, str], tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFER_")}
+    environment |= small | {
+        "TRANSFER_OUTPUT_URI": str(tmp_path / "output"),
+        "TRANSFER_CACHE_DIR": str(tmp_path / "scratch"),
+    }
+    command = [sys.executable, "-m", "job"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "scratch: fraction" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 143
+    assert "asked to stop" in rest
+    assert not list((tmp_path / "output").rglob("manifest.json"))
+    # rows of frozen layers are kept for the next run, the workspace is not
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["features"]
+
+
+def test_env_prints_the_table_of_the_readme() -> None:
+    done = subprocess.run([sys.executable, "-m", "job", "env"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "TRANSFER_DATASET" in done.stdout
+    assert done.stdout.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_unknown_verb_is_answered_with_the_usage() -> None:
+    done = run_job({}, "train")
+    assert done.code == 78
+    assert "python -m job" in done.errors

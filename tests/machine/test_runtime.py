@@ -1,0 +1,51 @@
+"""The machine: what is probed and proven on it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import tensorflow as tf
+
+from job.errors import ConfigError
+from job.machine.runtime import half_precision_gain, prove, start, xla_fault
+from job.settings.environment import RuntimeSettings
+
+NO_DEVICE = "GPU:7"
+
+
+@pytest.mark.skipif(bool(tf.config.list_physical_devices("GPU")), reason="a GPU is attached: auto asks it")
+def test_on_a_cpu_auto_means_single_precision_without_xla() -> None:
+    machine = start(RuntimeSettings())
+    assert (machine.precision, machine.xla, machine.gpu) == ("float32", False, False)
+    assert machine.cores == len(os.sched_getaffinity(0))
+
+
+def test_the_device_that_trains_is_proven_by_what_it_computes() -> None:
+    proof = start(RuntimeSettings()).proof
+    assert proof.startswith("matrix product and convolution computed in ")
+
+
+def test_xla_is_proven_where_it_is_asked_for() -> None:
+    machine = start(RuntimeSettings(xla="on"))
+    assert machine.xla is True
+    assert machine.proof.endswith(", compiled by XLA too")
+
+
+def test_a_device_that_cannot_compute_is_refused() -> None:
+    with pytest.raises(ConfigError) as refused:
+        prove(NO_DEVICE)
+    (problem,) = refused.value.problems
+    assert problem.variable == "CUDA_VISIBLE_DEVICES"
+    assert NO_DEVICE in problem.message
+    assert "[gpu]" in problem.message
+
+
+def test_a_device_that_xla_cannot_compile_for_is_found_out() -> None:
+    assert xla_fault(NO_DEVICE) is not None
+
+
+@pytest.mark.slow
+def test_the_probes_that_a_gpu_is_put_to_run_on_any_device() -> None:
+    assert xla_fault("CPU:0") is None
+    assert half_precision_gain("CPU:0") > 0

@@ -1,0 +1,90 @@
+"""What share of its bare step rate each arm's training reaches, on cats_vs_dogs; a few minutes on two cores.
+
+    python -m tests.measure.step_rate    ends in one line of JSON: {arm: {"bare": ..., "training": ..., "share": ...}}
+
+The bare rate is that of the same compiled step on one batch that is there already. Epochs of training and as many bare
+steps alternate; rates are medians in examples per second, the share is the median over the pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import tensorflow as tf
+
+from job.arms import ARMS
+from job.data import reading
+from job.experiment.plan import make_plan
+from job.experiment.result import Experiment
+from job.machine import console, runtime
+from job.settings.environment import load
+from job.training.epochs import PhaseRun
+from job.training.stages import Stage
+from job.training.steps import Steps, whole_feed
+from tests.measure.bench import DEFAULT
+from tests.support.real import CATS
+
+PAIRS = {"scratch": 3, "frozen": 40, "fine_tune": 5}
+
+
+def rates(stage: Stage, steps: Steps, run: PhaseRun, batch_size: int, pairs: int) -> dict[str, float]:
+    """Return the rates of ``stage``, examples per second."""
+    order = np.random.default_rng(0).permutation(stage.index)
+    order = order[: len(order) // batch_size * batch_size]
+    one = order[:batch_size]
+    rows, labels = tf.constant(stage.train.read(one)), tf.constant(stage.train.labels[one])
+
+    def training() -> None:
+        run.steps_over(order, lambda _: None)
+
+    def bare() -> None:
+        left = len(order) // batch_size
+        while left:
+            batches = np.tile(np.arange(batch_size), (min(left, run.per_call), 1))
+            steps([whole_feed(rows, labels, batches)], batch_size, 0, 0)
+            left -= len(batches)
+
+    training()  # the first call compiles, and the second finds out how many steps a call takes
+    measured = [(_timed(training), _timed(bare)) for _ in range(pairs)]
+    return {
+        "bare": median(len(order) / seconds for _, seconds in measured),
+        "training": median(len(order) / seconds for seconds, _ in measured),
+        "share": median(bare / training for training, bare in measured),
+    }
+
+
+def _timed(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    if (missing := CATS.missing()) is not None:
+        sys.exit(f"cats_vs_dogs cannot be measured: {missing}")
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = load(DEFAULT | {"TRANSFER_OUTPUT_URI": str(folder / "output")})
+        plan = make_plan(settings, runtime.start(settings.runtime), folder)
+        pixels = reading.read_splits(plan.source, settings.model.image_size, folder, settings.data.max_bad_images)
+        experiment = Experiment(plan, pixels, 0.0, folder, console.Console(None))
+        index = np.arange(len(pixels["train"]))
+        for arm, pairs in PAIRS.items():
+            trainer, stages = experiment.prepare(ARMS[arm], index, seed=0)
+            steps = trainer.steps(stages[-1])
+            run = trainer.phase_run(stages[-1], steps, seed=0)
+            found[arm] = rates(stages[-1], steps, run, settings.training.batch_size, pairs)
+            sys.stderr.write(f"{arm}: {found[arm]}\n")
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""A run is published once and whole, or not at all, whoever else publishes it and wherever it is killed."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from job.errors import ConfigError, UnavailableError
+from job.manifest import Result
+from job.storage.commit import Finished, Outcome, Pending, commit, existing, finish, read_manifest, upload_tree
+from job.storage.local import LocalStore
+from job.storage.locations import open_store
+from job.storage.store import Store, Stored, checksums
+from job.storage.verification import verify
+from tests.support.small_runs import FILES, FINGERPRINT, MODEL, manifest, publish, write_tree
+
+OTHER = "cd" * 32
+NAMES = {*FILES, "manifest.json"}
+
+
+def test_a_tree_is_uploaded_whole_under_its_prefix(store: Store, tree: Path) -> None:
+    artifacts = upload_tree(store, tree, "some/prefix")
+    assert [artifact.path for artifact in artifacts] == sorted(f"some/prefix/{name}" for name in FILES)
+    for artifact in artifacts:
+        measured = checksums(tree / artifact.path.removeprefix("some/prefix/"))
+        assert (artifact.bytes, artifact.sha256, artifact.crc32c) == measured == store.checksums(artifact.path)
+
+
+def test_a_tree_that_is_not_there_is_an_error(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(NotADirectoryError):
+        upload_tree(store, tmp_path / "absent")
+
+
+def test_a_published_run_is_sound_and_nothing_else_is_left(store: Store, tree: Path) -> None:
+    assert not existing(store, FINGERPRINT)
+    assert read_manifest(store) is None
+    assert verify(store.uri) == [f"{store.uri} has no manifest.json: the run is not complete"]
+    outcome, record = publish(store, tree)
+    assert outcome is Outcome.PUBLISHED
+    assert read_manifest(store) == record
+    assert existing(store, FINGERPRINT)
+    assert verify(store.uri) == []
+    assert set(store.list()) == NAMES
+
+
+def test_the_same_run_is_published_once(store: Store, tree: Path, tmp_path: Path) -> None:
+    _, first = publish(store, tree)
+    outcome, _ = publish(store, write_tree(tmp_path / "again", b"!"), created=datetime(2025, 1, 3, tzinfo=UTC))
+    assert outcome is Outcome.ALREADY_PUBLISHED
+    assert read_manifest(store) == first
+    assert verify(store.uri) == []
+    assert set(store.list()) == NAMES
+
+
+def test_ten_that_publish_different_files_at_once_leave_one_sound_run(store: Store, tmp_path: Path) -> None:
+    def one(number: int) -> tuple[Outcome, Any]:
+        tree = write_tree(tmp_path / f"tree{number}", b"%d" % number)
+        return publish(store, tree, created=datetime(2025, 1, 1 + number, tzinfo=UTC))
+
+    with ThreadPoolExecutor(10) as pool:
+        found = list(pool.map(one, range(10)))
+    published = read_manifest(store)
+    assert published in [record for _, record in found]
+    # the one whose commit was decided for may have found it carried out by another
+    assert [record for outcome, record in found if outcome is Outcome.PUBLISHED] in ([], [published])
+    assert verify(store.uri) == []
+    assert set(store.list()) == NAMES
+
+
+class Dying(LocalStore):
+    """A folder whose user is gone after some changes to it."""
+
+    left = 10**6
+
+    def _spend(self) -> None:
+        Dying.left -= 1
+        if Dying.left < 0:
+            raise SystemExit("gone")
+
+    def copy(self, name: str, source: Store, source_name: str) -> Stored:
+        self._spend()
+        return super().copy(name, source, source_name)
+
+    def create(self, name: str, data: bytes) -> bool:
+        self._spend()
+        return super().create(name, data)
+
+    def put_bytes(self, name: str, data: bytes) -> Stored:
+        self._spend()
+        return super().put_bytes(name, data)
+
+    def delete_all(self) -> None:
+        self._spend()
+        super().delete_all()
+
+    def child(self, prefix: str) -> LocalStore:
+        return Dying(self._folder / prefix, self.variable)
+
+
+def test_wherever_publishing_ends_the_next_try_completes_it(tmp_path: Path) -> None:
+    interrupted = 0
+    for changes in range(20):
+        folder = tmp_path / str(changes)
+        store = open_store(str(folder), "TRANSFER_OUTPUT_URI")
+        tree = write_tree(tmp_path / f"tree{changes}")
+        Dying.left = changes
+        try:
+            publish(Dying(folder, "TRANSFER_OUTPUT_URI"), tree)
+        except SystemExit:
+            interrupted += 1
+        decided = store.read("checkpoints/commit.json")
+        there = store.read("manifest.json") is not None
+        assert not there or verify(str(folder)) == []
+        completed = finish(store, FINGERPRINT)
+        assert completed == (decided is not None)
+        if not completed and not there:
+            publish(store, write_tree(tmp_path / f"later{changes}", b"later"))
+        assert existing(store, FINGERPRINT)
+        assert verify(str(folder)) == []
+        assert set(store.list()) == NAMES
+    # the commit, every artifact, the manifest, and the end
+    assert interrupted == 1 + len(FILES) + 1 + 1
+
+
+def test_a_commit_whose_files_are_gone_is_replaced(store: Store, tree: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pending = store.child("checkpoints")
+    place, artifacts = Pending(store, FINGERPRINT).add_files(tree)
+    store.put_bytes("arms/frozen/fraction-1.0/seed-0/saved_model/fingerprint.pb", b"of the one before")
+    kept = Dying(tree.parent / "died", "TRANSFER_OUTPUT_URI")
+    Dying.left = 1
+    with pytest.raises(SystemExit):
+        commit(kept, manifest(artifacts), [(place, artifacts)])
+    pending.put_bytes("commit.json", kept.read("checkpoints/commit.json") or b"")
+    pending.child(place).delete("report.html")
+    assert not finish(store, FINGERPRINT)
+    with caplog.at_level(logging.WARNING):
+        outcome, record = publish(store, tree, created=datetime(2025, 1, 5, tzinfo=UTC))
+    assert outcome is Outcome.PUBLISHED
+    assert "names files that are gone" in caplog.text
+    assert read_manifest(store) == record
+    assert verify(store.uri) == []
+    assert set(store.list()) == NAMES
+
+
+def test_the_best_model_lies_where_the_platform_wants_it(store: Store, tree: Path, tmp_path: Path) -> None:
+    models = open_store(str(tmp_path / "models"), "AIP_MODEL_DIR")
+    publish(store, tree, models)
+    assert set(models.list()) == {name.removeprefix(f"{MODEL}/") for name in FILES if name.startswith(MODEL)}
+
+
+def test_another_experiment_under_this_id_is_a_wrong_setting(store: Store, tree: Path) -> None:
+    publish(store, tree)
+    for attempt in (lambda: publish(store, tree, fingerprint=OTHER), lambda: existing(store, OTHER)):
+        with pytest.raises(ConfigError, match="another experiment") as caught:
+            attempt()
+        assert caught.value.problems[0].variable == "TRANSFER_RUN_ID"
+    assert existing(store, FINGERPRINT)
+
+
+def test_another_experiment_that_is_being_published_is_a_wrong_setting(store: Store, tree: Path) -> None:
+    died = Dying(tree.parent / "died", "TRANSFER_OUTPUT_URI")
+    Dying.left = 1
+    with pytest.raises(SystemExit):
+        publish(died, tree)
+    store.put_bytes("checkpoints/commit.json", died.read("checkpoints/commit.json") or b"")
+    for attempt in (lambda: publish(store, tree, fingerprint=OTHER), lambda: finish(store, OTHER)):
+        with pytest.raises(ConfigError, match="is being published"):
+            attempt()
+    assert store.read("manifest.json") is None
+
+
+def test_something_else_under_the_manifests_name_is_a_wrong_setting(store: Store, tree: Path) -> None:
+    store.put_bytes("manifest.json", b"[]")
+    for attempt in (lambda: publish(store, tree), lambda: existing(store, FINGERPRINT)):
+        with pytest.raises(ConfigError, match="no manifest") as caught:
+            attempt()
+        assert caught.value.problems[0].variable == "TRANSFER_RUN_ID"
+    assert store.read("manifest.json") == b"[]"
+
+
+def test_a_published_run_that_is_damaged_is_not_taken_for_done(store: Store, tree: Path) -> None:
+    publish(store, tree)
+    store.delete("report.html")
+    for attempt in (lambda: publish(store, tree), lambda: existing(store, FINGERPRINT)):
+        with pytest.raises(ConfigError, match=r"damaged: report\.html is missing") as caught:
+            attempt()
+        assert caught.value.problems[0].variable == "TRANSFER_RUN_ID"
+
+
+@pytest.mark.parametrize("content", [b"<html>?</html>", b"other", None])
+def test_nothing_is_published_of_files_that_changed(store: Store, tree: Path, content: bytes | None) -> None:
+    pending = Pending(store, FINGERPRINT)
+    place, artifacts = pending.add_files(tree)
+    store.child(f"checkpoints/{place}").delete("report.html")
+    if content is not None:
+        store.put_bytes(f"checkpoints/{place}/report.html", content)
+    with pytest.raises(UnavailableError):
+        commit(store, manifest(artifacts), [(place, artifacts)])
+    assert store.read("manifest.json") is None
+
+
+def result() -> Result:
+    return manifest([]).results[0]
+
+
+def finished(store: Store, tree: Path) -> Finished:
+    return Pending(store, FINGERPRINT).add("frozen", tree, result(), np.array([True, False, True]))
+
+
+def test_a_finished_result_is_found_with_all_it_said(store: Store, tree: Path) -> None:
+    added = finished(store, tree)
+    found = Pending(store, FINGERPRINT).find("frozen")
+    assert found == added
+    assert found.result == result()
+    assert found.hits.tolist() == [True, False, True]
+    assert {artifact.path for artifact in found.artifacts} == set(FILES)
+    assert Pending(store, FINGERPRINT).find("scratch") is None
+    assert Pending(store, OTHER).find("frozen") is None
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "record", "figure in the record"])
+def test_a_finished_result_that_is_damaged_is_not_used(
+    damage: str, store: Store, tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = store.child(f"checkpoints/{finished(store, tree).place}")
+    (record,) = [name for name in store.list() if name.endswith("-frozen.json")]
+    match damage:
+        case "changed":
+            place.put_bytes("report.html", b"<html>?</html>")
+        case "missing":
+            place.delete("report.html")
+        case "record":
+            store.put_bytes(record, (store.read(record) or b"")[:-9])
+        case _:
+            sound = store.read(record) or b""
+            store.put_bytes(record, sound.replace(b'"accuracy":0.9', b'"accuracy":0.8', 1))
+            assert store.read(record) != sound
+    with caplog.at_level(logging.WARNING):
+        assert Pending(store, FINGERPRINT).find("frozen") is None
+    assert "trained again" in caplog.text
