@@ -22,20 +22,6 @@ GRACE_SECONDS: Final = 25.0
 _MARGIN_SECONDS = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-__all__ = [
-    "GRACE_SECONDS",
-    "Stopped",
-    "ask",
-    "asked_to_stop",
-    "deferred",
-    "heed",
-    "heed_again",
-    "leave",
-    "stop",
-    "stop_if_asked",
-    "when_asked",
-]
-
 _asked = threading.Event()
 _deferrals = 0
 _hooks: list[Callable[[], None]] = []

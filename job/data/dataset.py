@@ -21,7 +21,7 @@ import tensorflow_datasets as tfds
 from job.data import solar_cells  # noqa: F401  (TFDS registers a builder when its module is imported)
 from job.data.splits import SPLIT_VARIABLES, resolve_splits
 from job.errors import ConfigError, UnavailableError, first_line
-from job.settings.environment import DataSettings
+from job.settings.groups import DataSettings
 
 logger = logging.getLogger(__name__)
 

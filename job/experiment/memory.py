@@ -142,31 +142,9 @@ def memory_needed(
 ) -> Memory:
     """Return the memory that a run takes.
 
-    On a CPU, the estimate was 3 to 32% above what whole runs held in memory of their own at most, in MB (two cores,
-    Adam; scratch where no arm is named). It is the most above where passes without gradients decide: it adds them to
-    the whole process, and their memory, which is not given back, serves for other things later.
-
-    ==========================  =====  =====  ========  ========
-    network                     image  batch  measured  estimate
-    ==========================  =====  =====  ========  ========
-    MobileNet                      32     16       681       851
-    MobileNetV2, all arms          96     32      1170      1255
-    MobileNetV2, frozen           160     32       939      1240
-    MobileNetV2, frozen           224     32      1507      1696
-    MobileNetV2, fine_tune        160     32      1000      1317
-    MobileNetV2, fine_tune        160    128      1234      1435
-    MobileNetV2, all arms         160     32      1826      1953
-    MobileNetV2                   160     64      2906      3037
-    MobileNetV2, fine_tune all    160    128      4981      5223
-    VGG16                          96     16      1454      1817
-    EfficientNetB0                128     32      1949      2014
-    DenseNet121                   128     16      1931      2071
-    ResNet50                      160     16      2506      2702
-    ConvNeXtTiny                   96      8      2649      2816
-    ==========================  =====  =====  ========  ========
-
-    A limit must also leave some 100 MB for the code in use: the run that held 2906 MB needed 206 s in a control group
-    of 3050 MB, and in one of 2900 MB it made no progress.
+    On a CPU, the estimate was 3 to 32% above what 14 whole runs held in memory of their own at most (docs/operations.md
+    has the table). It is the most above where passes without gradients decide: it adds them to the whole process, and
+    their memory, which is not given back, serves for other things later.
 
     Args:
         backbone: the network; only its shapes are looked at, so its variables may have no values yet.

@@ -17,7 +17,7 @@ import tensorflow as tf
 from job.errors import ConfigError, first_line
 from job.machine import gpu_diagnosis
 from job.machine.replicas import Replicas, connect
-from job.settings.environment import PlatformSettings, RuntimeSettings
+from job.settings.groups import PlatformSettings, RuntimeSettings
 
 logger = logging.getLogger(__name__)
 

@@ -191,23 +191,12 @@ def learning_curves(
                 (below, seed.train_accuracy, seed.validation_accuracy),
             ):
                 first = number == 0 and axes is above
-                axes.plot(
-                    epochs,
-                    validation,
-                    color=colour,
-                    linewidth=width,
-                    marker=marker,
-                    label="validation" if first else None,
-                )
-                axes.plot(
-                    epochs,
-                    train,
-                    color=_INK,
-                    linewidth=width,
-                    linestyle=(0, (3, 2)),
-                    marker=marker,
-                    label="training" if first else None,
-                )
+                for values, line, ink, name in (
+                    (validation, "solid", colour, "validation"),
+                    (train, (0, (3, 2)), _INK, "training"),
+                ):
+                    drawn = {"color": ink, "linewidth": width, "linestyle": line, "marker": marker}
+                    axes.plot(epochs, values, label=name if first else None, **drawn)
         for axes in (above, below):
             for boundary in boundaries:
                 axes.axvline(boundary + 0.5, color=_INK, linewidth=1, linestyle=(0, (1, 2)))

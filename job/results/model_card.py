@@ -16,21 +16,13 @@ from job.arms import ARMS, about
 from job.manifest import Comparison, Manifest, Result
 from job.results.formatting import SHOWN_CLASSES, classes_shown, rounded, templates
 from job.results.statistics import CALIBRATION_BINS
+from job.settings.environment import recipe
 
 # What Markdown takes for more than text: anywhere, before a name, at a word's edge, and where a line begins.
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|[<&](?=[\w/!?#])|(?<!\w)_|_(?!\w)|^[-+>#=]|(?<=^\d)[.)]|(?<=^\d\d)[.)]")
-_RECIPE = (
-    ("optimizer", "optimizer"),
-    ("learning_rate", "learning rate"),
-    ("fine_tune_learning_rate", "learning rate of fine-tuning"),
-    ("fine_tune_from", "first layer that fine-tuning trains"),
-    ("batch_size", "batch size"),
-    ("augmentation", "augmentation"),
-    ("truncate_at", "last layer of the backbone"),
-    ("head_units", "hidden units of the head"),
-    ("dropout", "dropout"),
-)
-_ONLY_FINE_TUNING = {"fine_tune_learning_rate", "fine_tune_from"}
+# A card tells of these elsewhere, and lists the others: first these, then all that there are, in the settings' order.
+_TOLD_ELSEWHERE = {"backbone", "image_size", "epochs", "head_epochs"}
+_FIRST = ("optimizer", "learning_rate", "fine_tune_learning_rate", "fine_tune_from", "batch_size", "augmentation")
 
 
 def render(manifest: Manifest, result: Result) -> str:
@@ -65,11 +57,13 @@ def _cell(result: Result) -> tuple[str, float]:
 
 def _recipe(manifest: Manifest, result: Result) -> list[tuple[str, str]]:
     """Return what was set, in words; settings that do not concern the arm or are at nothing are left out."""
-    given = manifest.settings
+    given, words = manifest.settings, recipe()
     return [
-        (words, ", ".join(map(str, value)) if isinstance(value := given[name], list) else str(value))
-        for name, words in _RECIPE
-        if given.get(name) not in (None, [], "") and (result.arm == "fine_tune" or name not in _ONLY_FINE_TUNING)
+        (words[name], ", ".join(map(str, value)) if isinstance(value := given[name], list) else str(value))
+        for name in dict.fromkeys((*_FIRST, *words))
+        if given.get(name) not in (None, [], "")
+        and name not in _TOLD_ELSEWHERE
+        and (result.arm == "fine_tune" or not name.startswith("fine_tune_"))
     ]
 
 

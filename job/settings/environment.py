@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from functools import partial
 from itertools import combinations
 from typing import Any, TypeVar
@@ -32,57 +32,9 @@ from job.settings.groups import (
     PlatformSettings,
     RuntimeSettings,
     TrainingSettings,
-    default_head_epochs,
 )
 from job.settings.types import shown
 from job.uris import without_secrets
-
-__all__ = [
-    "DataSettings",
-    "ModelSettings",
-    "OutputSettings",
-    "PlatformSettings",
-    "RuntimeSettings",
-    "Settings",
-    "TrainingSettings",
-    "Variable",
-    "default_head_epochs",
-    "fingerprint",
-    "load",
-    "log_format",
-    "quiet_tensorflow",
-    "variables",
-    "variables_markdown",
-]
-
-# The contract lists these after all other settings, whoever owns them.
-_LISTED_LAST = ("max_bad_images", "cost_per_hour", "log_format")
-_SETTINGS = sorted(
-    (
-        declared
-        for group in (DataSettings, ModelSettings, TrainingSettings, RuntimeSettings, OutputSettings)
-        for declared in group.declared()
-    ),
-    key=lambda declared: _LISTED_LAST.index(declared.name) if declared.name in _LISTED_LAST else -1,
-)
-_NAMES = {declared.variable.removeprefix(PREFIX): declared.variable for declared in _SETTINGS}
-
-_NOT_DECIDING = frozenset(
-    {
-        "dataset",
-        "data_dir",
-        "weights",
-        "weights_sha256",
-        "cache_dir",
-        "checkpoint_uri",
-        "checkpoint_seconds",
-        "output_uri",
-        "run_id",
-        "max_bad_images",
-        "cost_per_hour",
-        "log_format",
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -108,8 +60,8 @@ class Settings:
         Defaults that depend on other settings are filled in; credentials and queries in URIs and paths are left out.
         """
         values: dict[str, Any] = {}
-        for group in (self.data, self.model, self.training, self.runtime, self.output):
-            values |= group.model_dump(mode="json")
+        for name in _GROUPS:
+            values |= getattr(self, name).model_dump(mode="json")
         values["head_epochs"] = self.training.resolved_head_epochs
         values["fine_tune_from"] = self.training.fine_tune_from or BACKBONES[self.model.backbone].fine_tune_from
         values = {name: without_secrets(value) if isinstance(value, str) else value for name, value in values.items()}
@@ -120,7 +72,23 @@ class Settings:
 
         Data and weights are not in it by name: whoever takes a fingerprint adds them by content.
         """
-        return {name: value for name, value in self.resolved().items() if name not in _NOT_DECIDING}
+        values = self.resolved()
+        return {declared.name: values[declared.name] for declared in _SETTINGS if declared.role.decides}
+
+
+_GROUPS: dict[str, Any] = {each.name: each.default_factory for each in fields(Settings)}
+# The contract lists these after all other settings, whoever owns them.
+_LISTED_LAST = ("max_bad_images", "cost_per_hour", "log_format")
+_SETTINGS = sorted(
+    (declared for group in _GROUPS.values() if group is not PlatformSettings for declared in group.declared()),
+    key=lambda declared: _LISTED_LAST.index(declared.name) if declared.name in _LISTED_LAST else -1,
+)
+_NAMES = {declared.variable.removeprefix(PREFIX): declared.variable for declared in _SETTINGS}
+
+
+def recipe() -> dict[str, str]:
+    """Return what the settings are called that say how a model is built and trained, by their lower-case names."""
+    return {declared.name: declared.role.recipe for declared in _SETTINGS if declared.role.recipe}
 
 
 def fingerprint(facts: Mapping[str, object]) -> str:
@@ -183,14 +151,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     """
     environ = os.environ if environ is None else environ
     problems = [_unknown(name, environ[name]) for name in sorted(environ) if _is_unknown(name)]
-    settings = Settings(
-        data=_read(DataSettings, environ, problems),
-        model=_read(ModelSettings, environ, problems),
-        training=_read(TrainingSettings, environ, problems),
-        runtime=_read(RuntimeSettings, environ, problems),
-        output=_read(OutputSettings, environ, problems),
-        platform=_read(PlatformSettings, environ, problems),
-    )
+    settings = Settings(**{name: _read(group, environ, problems) for name, group in _GROUPS.items()})
     wrong = {problem.variable for problem in problems}
     for concerned, check in _CHECKS:
         if wrong.isdisjoint(concerned):

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from job.backbone_table import BACKBONES
+from job.settings import types
 from job.settings.cluster import Cluster, parse
-from job.settings.types import (
-    Accepts,
-    BackboneName,
-    Boolean,
-    CommaList,
-    DatasetName,
-    Declared,
-    DistinctList,
-    Fraction,
-    LocalPath,
-    Location,
-    Rate,
-    RunId,
-    Seed,
-    Sha256,
-    ShownDefault,
-    Text,
-    TfConfig,
-    Units,
-    Weights,
-)
+from job.settings.types import ASIDE, DESIGN, Accepts, Declared, Role, ShownDefault
 
 PREFIX = "TRANSFER_"
 
@@ -71,71 +52,102 @@ class Group(BaseSettings):
         ]
 
 
-class DataSettings(Group):
-    """Which photos, and which of them for what."""
+def recipe(words: str) -> Role:
+    """Return the role of a setting that is part of how a model is built and trained."""
+    return Role(True, words)
 
-    dataset: DatasetName = Field(
+
+def _setting(default: Any, meaning: str, role: Role, **bounds: Any) -> Any:
+    """Return the field of a setting. meaning: for the table of variables. bounds: as pydantic's Field takes them."""
+    return Field(default, description=meaning, json_schema_extra={"role": cast("Any", role)}, **bounds)
+
+
+class DataSettings(Group):
+    """Which photos, and which of them for what. The data set decides by its content, not by name or place."""
+
+    dataset: types.DatasetName = _setting(
         "cats_vs_dogs",
-        description="TFDS name, name:version, name/config, or the path or gs:// URI of a prepared TFDS directory",
+        "TFDS name, name:version, name/config, or the path or gs:// URI of a prepared TFDS directory",
+        ASIDE,
     )
-    data_dir: Annotated[Location | None, ShownDefault("TFDS's own")] = Field(
-        None, description="where prepared data sets lie: a local path or gs:// URI"
+    data_dir: Annotated[types.Location | None, ShownDefault("TFDS's own")] = _setting(
+        None, "where prepared data sets lie: a local path or gs:// URI", ASIDE
     )
-    train_split: Text = Field("train[:20%]", description="TFDS split expression")
-    validation_split: Text = Field("train[80%:90%]", description="likewise")
-    test_split: Text = Field("train[90%:]", description="likewise; the three must not overlap")
-    train_fractions: DistinctList[Fraction] = Field(
-        (1.0,), description="parts of the train split at which every arm is trained, nested"
+    train_split: types.Text = _setting("train[:20%]", "TFDS split expression", DESIGN)
+    validation_split: types.Text = _setting("train[80%:90%]", "likewise", DESIGN)
+    test_split: types.Text = _setting("train[90%:]", "likewise; the three must not overlap", DESIGN)
+    train_fractions: types.DistinctList[types.Fraction] = _setting(
+        (1.0,), "parts of the train split at which every arm is trained, nested", DESIGN
     )
-    max_bad_images: float = Field(
-        0.01, ge=0, lt=1, description="share of undecodable images that is skipped (and counted) before the run stops"
+    max_bad_images: float = _setting(
+        0.01,
+        "share of undecodable images that is skipped (and counted) before the run stops",
+        ASIDE,
+        ge=0,
+        lt=1,
     )
 
 
 class ModelSettings(Group):
-    """The backbone and the head on it."""
+    """The backbone and the head on it. Weights decide by their hash, not by name or place."""
 
-    backbone: BackboneName = Field("MobileNetV2", description="a keras.applications model")
-    image_size: int = Field(160, ge=1, le=4096, description="side of the square image, in pixels")
-    weights: Weights = Field(
-        "imagenet", description="or the path or gs:// URI of a no-top weights file; its sha256 is recorded"
+    backbone: types.BackboneName = _setting("MobileNetV2", "a keras.applications model", recipe("backbone"))
+    image_size: int = _setting(160, "side of the square image, in pixels", recipe("image size"), ge=1, le=4096)
+    weights: types.Weights = _setting(
+        "imagenet", "or the path or gs:// URI of a no-top weights file; its sha256 is recorded", ASIDE
     )
-    weights_sha256: Sha256 | None = Field(None, description="refuse weights with another hash")
-    truncate_at: Text | None = Field(None, description="layer after which the rest of the backbone is left out")
-    head_units: CommaList[Units] = Field(
-        (), description="units of hidden Dense layers between pooling and the classifier, e.g. 256,128"
+    weights_sha256: types.Sha256 | None = _setting(None, "refuse weights with another hash", ASIDE)
+    truncate_at: types.Text | None = _setting(
+        None,
+        "layer after which the rest of the backbone is left out",
+        recipe("last layer of the backbone"),
     )
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of features dropped before the classifier")
+    head_units: types.CommaList[types.Units] = _setting(
+        (),
+        "units of hidden Dense layers between pooling and the classifier, e.g. 256,128",
+        recipe("hidden units of the head"),
+    )
+    dropout: float = _setting(0.0, "share of features dropped before the classifier", recipe("dropout"), ge=0, lt=1)
 
 
 class TrainingSettings(Group):
     """How the arms are trained."""
 
-    arms: DistinctList[Literal["scratch", "frozen", "fine_tune"]] = Field(
-        ("scratch", "frozen", "fine_tune"), description="which arms run: scratch, frozen, fine_tune"
+    arms: types.DistinctList[Literal["scratch", "frozen", "fine_tune"]] = _setting(
+        ("scratch", "frozen", "fine_tune"), "which arms run: scratch, frozen, fine_tune", DESIGN
     )
-    fine_tune_from: Annotated[Text | None, ShownDefault("the backbone's own")] = Field(
+    fine_tune_from: Annotated[types.Text | None, ShownDefault("the backbone's own")] = _setting(
         None,
-        description="first backbone layer that trains in fine_tune, or all "
+        "first backbone layer that trains in fine_tune, or all "
         f"(MobileNetV2: {BACKBONES['MobileNetV2'].fine_tune_from})",
+        recipe("first layer that fine-tuning trains"),
     )
-    epochs: int = Field(10, ge=1, description="per arm, all its phases together")
-    head_epochs: Annotated[int | None, ShownDefault(f"{HEAD_SHARE:.0%} of the epochs")] = Field(
-        None, ge=0, description="of these, how many fine_tune first trains the head alone"
+    epochs: int = _setting(10, "per arm, all its phases together", recipe("epochs"), ge=1)
+    head_epochs: Annotated[int | None, ShownDefault(f"{HEAD_SHARE:.0%} of the epochs")] = _setting(
+        None,
+        "of these, how many fine_tune first trains the head alone",
+        recipe("epochs of the head alone"),
+        ge=0,
     )
     batch_size: Annotated[
         int,
         Accepts("a whole number, at least 2 and at most 65536 (rows of a batch of one are not bit-equal to others)"),
-    ] = Field(32, ge=2, le=65536, description="images per step, global: over all devices and workers")
-    optimizer: Literal["adam", "sgd", "rmsprop", "adamw"] = Field(
-        "adam", description="adam, sgd (momentum 0.9), rmsprop, adamw"
+    ] = _setting(32, "images per step, global: over all devices and workers", recipe("batch size"), ge=2, le=65536)
+    optimizer: Literal["adam", "sgd", "rmsprop", "adamw"] = _setting(
+        "adam", "adam, sgd (momentum 0.9), rmsprop, adamw", recipe("optimizer")
     )
-    learning_rate: Rate = Field(LEARNING_RATE, description="scratch, frozen, and fine_tune's head phase")
-    fine_tune_learning_rate: Rate = Field(FINE_TUNE_LEARNING_RATE, description="fine_tune after unfreezing")
-    augmentation: Literal["none", "flip", "standard"] = Field(
-        "none", description="none, flip, or standard (flip, shift, zoom, contrast)"
+    learning_rate: types.Rate = _setting(
+        LEARNING_RATE, "scratch, frozen, and fine_tune's head phase", recipe("learning rate")
     )
-    seeds: DistinctList[Seed] = Field((0,), description="each seed repeats every arm")
+    fine_tune_learning_rate: types.Rate = _setting(
+        FINE_TUNE_LEARNING_RATE,
+        "fine_tune after unfreezing",
+        recipe("learning rate of fine-tuning"),
+    )
+    augmentation: Literal["none", "flip", "standard"] = _setting(
+        "none", "none, flip, or standard (flip, shift, zoom, contrast)", recipe("augmentation")
+    )
+    seeds: types.DistinctList[types.Seed] = _setting((0,), "each seed repeats every arm", DESIGN)
 
     @property
     def resolved_head_epochs(self) -> int:
@@ -146,53 +158,53 @@ class TrainingSettings(Group):
 class RuntimeSettings(Group):
     """The machine and the log."""
 
-    precision: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = Field(
-        "auto", description="auto, float32, mixed_float16, mixed_bfloat16"
+    precision: Literal["auto", "float32", "mixed_float16", "mixed_bfloat16"] = _setting(
+        "auto", "auto, float32, mixed_float16, mixed_bfloat16", DESIGN
     )
-    xla: Literal["auto", "on", "off"] = Field("auto", description="auto, on, off")
-    deterministic: Boolean = Field(False, description="bit-reproducible, at the cost of speed")
-    feature_cache: Literal["auto", "off"] = Field(
-        "auto", description="auto, off: train frozen layers' outputs from a cache, or run them every step"
+    xla: Literal["auto", "on", "off"] = _setting("auto", "auto, on, off", DESIGN)
+    deterministic: types.Boolean = _setting(False, "bit-reproducible, at the cost of speed", DESIGN)
+    feature_cache: Literal["auto", "off"] = _setting(
+        "auto", "auto, off: train frozen layers' outputs from a cache, or run them every step", DESIGN
     )
-    cache_dir: Annotated[LocalPath | None, ShownDefault("a temporary folder")] = Field(
-        None, description="local scratch disk"
+    cache_dir: Annotated[types.LocalPath | None, ShownDefault("a temporary folder")] = _setting(
+        None, "local scratch disk", ASIDE
     )
-    log_format: Literal["auto", "text", "json"] = Field(
-        "auto", description="auto: text and progress bars on a terminal, JSON lines elsewhere; or text, json"
+    log_format: Literal["auto", "text", "json"] = _setting(
+        "auto", "auto: text and progress bars on a terminal, JSON lines elsewhere; or text, json", ASIDE
     )
 
 
 class OutputSettings(Group):
     """What is published where, and what is kept on the way."""
 
-    checkpoint_uri: Annotated[Location | None, ShownDefault("AIP_CHECKPOINT_DIR, else under the run")] = Field(
-        None, description="where unfinished work is kept: a local path or gs:// URI"
+    checkpoint_uri: Annotated[types.Location | None, ShownDefault("AIP_CHECKPOINT_DIR, else under the run")] = _setting(
+        None, "where unfinished work is kept: a local path or gs:// URI", ASIDE
     )
-    checkpoint_seconds: float = Field(60, gt=0, description="at most this much work, in seconds, is lost to a kill")
-    output_uri: Location = Field("output", description="local folder or gs://bucket/prefix")
-    run_id: Annotated[RunId | None, ShownDefault("from the fingerprint")] = Field(
-        None, description="the same settings on the same data give the same id"
+    checkpoint_seconds: float = _setting(60, "at most this much work, in seconds, is lost to a kill", ASIDE, gt=0)
+    output_uri: types.Location = _setting("output", "local folder or gs://bucket/prefix", ASIDE)
+    run_id: Annotated[types.RunId | None, ShownDefault("from the fingerprint")] = _setting(
+        None, "the same settings on the same data give the same id", ASIDE
     )
-    cost_per_hour: float | None = Field(None, ge=0, description="price of the machine, for the cost columns")
+    cost_per_hour: float | None = _setting(None, "price of the machine, for the cost columns", ASIDE, ge=0)
 
 
 class PlatformSettings(Group):
     """What the platform and other programs set; an empty value counts as unset."""
 
-    model_dir: Location | None = Field(
+    model_dir: types.Location | None = Field(
         None, validation_alias="AIP_MODEL_DIR", description="Vertex AI: the best SavedModel also lies directly in it"
     )
-    checkpoint_dir: Location | None = Field(
+    checkpoint_dir: types.Location | None = Field(
         None,
         validation_alias="AIP_CHECKPOINT_DIR",
         description="Vertex AI: where unfinished work is kept",
     )
-    tensorboard_log_dir: Location | None = Field(
+    tensorboard_log_dir: types.Location | None = Field(
         None,
         validation_alias="AIP_TENSORBOARD_LOG_DIR",
         description="where TensorBoard is shown, below the run's id, how training goes",
     )
-    tf_config: TfConfig | None = Field(
+    tf_config: types.TfConfig | None = Field(
         None, validation_alias="TF_CONFIG", description="several workers: the cluster and this one's task, as JSON"
     )
     nvidia_visible_devices: str | None = Field(

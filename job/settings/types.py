@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 from pydantic.fields import FieldInfo
@@ -30,6 +30,22 @@ class ShownDefault:
     """How the table shows a default that is no fixed value."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Role:
+    """What other modules must know of a setting.
+
+    decides: whether it decides the result, so that it is part of the fingerprint. recipe: where it says how a model is
+    built and trained, what it is called in a model card and listed as among TensorBoard's hyperparameters.
+    """
+
+    decides: bool
+    recipe: str | None = None
+
+
+ASIDE = Role(decides=False)
+DESIGN = Role(decides=True)
 
 
 # --- types -------------------------------------------------------------------------------------------------------
@@ -158,6 +174,11 @@ class Declared:
         """The default, as the table shows it; blank if the variable may be empty."""
         shown_default = next((note for note in self.info.metadata if isinstance(note, ShownDefault)), None)
         return shown_default.text if shown_default else as_text(self.info.default)
+
+    @property
+    def role(self) -> Role:
+        """What other modules must know of it."""
+        return cast("dict[str, Any]", self.info.json_schema_extra)["role"]  # type: ignore[no-any-return]
 
     @property
     def accepted(self) -> str:

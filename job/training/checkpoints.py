@@ -25,7 +25,7 @@ import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from job import stopping
-from job.errors import JobError
+from job.errors import JobError, Stopped
 from job.manifest import Epoch
 from job.storage.store import Store, checksums
 
@@ -111,7 +111,7 @@ class Checkpoints:
         with stopping.when_asked(self._save_held):
             try:
                 yield
-            except stopping.Stopped:
+            except Stopped:
                 self._save_held()
                 raise
             finally:

@@ -14,26 +14,11 @@ from typing import Any, Protocol
 from job.errors import JobError
 from job.manifest import Epoch, Result
 from job.results import event_files
+from job.settings.environment import recipe
 from job.storage.local import LocalStore
 from job.storage.store import Store
 
 logger = logging.getLogger(__name__)
-
-_HPARAMS = (
-    "backbone",
-    "image_size",
-    "truncate_at",
-    "head_units",
-    "dropout",
-    "fine_tune_from",
-    "epochs",
-    "head_epochs",
-    "batch_size",
-    "optimizer",
-    "learning_rate",
-    "fine_tune_learning_rate",
-    "augmentation",
-)
 
 Hparams = dict[str, bool | int | float | str]
 
@@ -48,7 +33,7 @@ class Told(Protocol):
 def hparams(settings: Mapping[str, Any], arm: str, fraction: float, seed: int) -> Hparams:
     """Return what TensorBoard's table shows of one result, from the resolved ``settings``."""
     found: Hparams = {"arm": arm, "train_fraction": fraction, "seed": seed}
-    for name in _HPARAMS:
+    for name in recipe():
         value = settings[name]
         if value is not None:
             found[name] = ",".join(map(str, value)) if isinstance(value, list | tuple) else value

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from job.arms import ARMS, Phase, Recipe
 from job.data.rows import Rows
 from job.models.classifier import Cut
-from job.settings.environment import TrainingSettings
+from job.settings.groups import TrainingSettings
 from job.training.augmentation import Augment
 
 

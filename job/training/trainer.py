@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from job.arms import Phase
+from job.errors import Stopped
 from job.machine.console import Console
 from job.manifest import Epoch
 from job.models.classifier import Classifier
 from job.models.recalibration import Recalibrator
-from job.settings.environment import TrainingSettings
-from job.stopping import Stopped, deferred
+from job.settings.groups import TrainingSettings
+from job.stopping import deferred
 from job.training import checkpoints
 from job.training.checkpoints import Checkpoint, Checkpoints, Progress
 from job.training.epochs import PhaseRun
