@@ -33,7 +33,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The numbers that the phases are made from; see the README for how the defaults were chosen."""
+    """The numbers that the phases are made from; docs/measurements.md says how the defaults were chosen."""
 
     epochs: int
     head_epochs: int

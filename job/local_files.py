@@ -70,21 +70,28 @@ def remove_if_abandoned(path: Path) -> None:
 
 
 @contextmanager
-def appearing(target: Path, commit: Callable[[Path, Path], None]) -> Iterator[BinaryIO]:
-    """Yield a temporary file beside ``target`` which ``commit`` gives its name once it is whole and on the disk.
+def unfinished(target: Path) -> Iterator[BinaryIO]:
+    """Yield a new, locked file beside ``target``, whose folder is made if need be; in the end nothing has its name.
 
-    Its folder is made if need be, and again where another process takes it away while it is empty.
+    Whoever wants to keep it gives it another one first. While it is open nobody takes it for a killed writer's.
     """
-    temporary = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-    file = _open_new(temporary)
+    path = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    file = _open_new(path)
     try:
         with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-            commit(temporary, target)  # as long as it is open, nobody takes it for a killed writer's
     finally:
-        temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def appearing(target: Path, commit: Callable[[Path, Path], None]) -> Iterator[BinaryIO]:
+    """Yield a file beside ``target`` which ``commit`` gives its name once it is whole and on the disk."""
+    with unfinished(target) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        commit(Path(file.name), target)
     with suppress(OSError):  # some network file systems have no fsync for folders: the name is safe without it
         descriptor = os.open(target.parent, os.O_RDONLY)
         try:
@@ -94,6 +101,7 @@ def appearing(target: Path, commit: Callable[[Path, Path], None]) -> Iterator[Bi
 
 
 def _open_new(path: Path) -> BinaryIO:
+    # another process may take the folder away while it is empty, or the file before it is locked
     for _ in range(_ATTEMPTS - 1):
         with suppress(FileNotFoundError):
             return _open_once(path)

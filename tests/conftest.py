@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 
 from job.storage.locations import open_store
 from job.storage.store import Store
-from tests.support.running import CLASSES, Published, run_job
+from tests.support import kills
+from tests.support.running import CLASSES, Published, published_by
 from tests.support.servers import FaultyProxy, faulty_proxy, gcs_server
 
 
@@ -81,11 +81,13 @@ def tiny(small: dict[str, str]) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def published(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Published:
     """The small comparison, run once by the real command and published to a local folder."""
-    output = tmp_path_factory.mktemp("output")
-    process = run_job(small | {"TRANSFER_OUTPUT_URI": str(output), "TRANSFER_COST_PER_HOUR": "3.6"})
-    assert process.code == 0, process.errors
-    (folder,) = output.iterdir()
-    return Published(process, folder, json.loads((folder / "manifest.json").read_text()))
+    return published_by(small | {"TRANSFER_COST_PER_HOUR": "3.6"}, tmp_path_factory.mktemp("output"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> kills.Undisturbed:
+    """The tiny comparison, checkpointed often, as it ends where nothing disturbs it."""
+    return kills.undisturbed(tiny, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (data / "bucket").mkdir()
     with gcs_server(data) as url:
         yield url
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """A prefix of the test's own in the bucket, as the server is shared."""
+    return hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
 
 
 @pytest.fixture
@@ -122,8 +130,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     if request.param == "local":
         return open_store(str(tmp_path / "store" / "run"), "TRANSFER_OUTPUT_URI")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", request.getfixturevalue("server"))
-    name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]
-    return open_store(f"gs://bucket/{name}/run", "TRANSFER_OUTPUT_URI", 30)
+    return open_store(f"gs://bucket/{request.getfixturevalue('prefix')}/run", "TRANSFER_OUTPUT_URI", 30)
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from job.arms import ARMS, Part, Phase, Recipe
-from job.settings.environment import TrainingSettings, default_head_epochs, load
+from job.settings.environment import load
+from job.settings.groups import TrainingSettings, default_head_epochs
 
 RECIPE = Recipe(epochs=10, head_epochs=3, learning_rate=1e-3, fine_tune_learning_rate=1e-4)
 

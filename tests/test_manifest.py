@@ -13,8 +13,9 @@ from pydantic import BaseModel, ValidationError
 
 from job import manifest
 from job.manifest import SCHEMA_VERSION, Manifest, Record, json_schema
+from tests.support.small_runs import fields
 
-# The names that readers of a bucket depend on, in the order of the README. The settings' own names are free here.
+# The names that readers of a bucket depend on, in the order of the contract. The settings' own names are free here.
 METRICS = [
     *("examples", "loss", "accuracy", "accuracy_interval", "auc", "calibration_error", "reliability"),
     *("confusion", "per_class"),
@@ -69,126 +70,34 @@ NAMES = {
 Path = tuple[str | int, ...]
 
 
-def split_metrics(examples: int) -> dict[str, Any]:
-    half = examples // 2
-    return {
-        "examples": examples,
-        "loss": 0.51,
-        "accuracy": 0.5,
-        "accuracy_interval": [0.25, 0.75],
-        "auc": 0.875,
-        "calibration_error": 0.125,
-        "reliability": [{"examples": examples, "confidence": 0.625, "accuracy": 0.5}],
-        "confusion": [[half, 0], [half, 0]],
-        "per_class": [
-            {"name": "cat", "precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": half},
-            {"name": "dog", "precision": 0.0, "recall": 0.0, "f1": 0.0, "support": half},
-        ],
-    }
-
-
 def complete() -> dict[str, Any]:
     """Return a manifest in which nothing is left out, as JSON values."""
-    seconds = ("data", "features", "training", "evaluation", "export", "total")
-    sizes = {"train": 30, "validation": 10, "test": 12}
-    return {
-        "schema_version": "1.0",
-        "run_id": "cats_vs_dogs-MobileNetV2-0123456789ab",
-        "created": "2025-01-02T03:04:05Z",
-        "fingerprint": "0" * 64,
-        "settings": {"dataset": "cats_vs_dogs", "train_fractions": [1.0], "run_id": None, "deterministic": False},
-        "environment": {
-            **dict.fromkeys(("python", "tensorflow", "keras", "tensorflow_datasets", "job"), "1.2.3"),
-            "devices": ["CPU"],
-            "workers": 1,
-            "precision": "float32",
-            "xla": False,
-            "deterministic": False,
-        },
-        "dataset": {
-            "name": "cats_vs_dogs",
-            "version": "4.0.1",
-            "classes": ["cat", "dog"],
-            "skipped_examples": 1,
-            "duplicates_across_splits": 1,
-            "duplicates": [{"kind": "near", "examples": [{"split": "train", "example_id": "a__0"}]}],
-            "splits": {name: {"expression": f"{name}[:{size}]", "examples": size} for name, size in sizes.items()},
-            "licence": "CC BY 2.0",
-            "citation": "A paper",
-            "homepage": "https://example.com",
-        },
-        "backbone": {
-            "name": "MobileNetV2",
-            "image_size": 160,
-            "layers": 154,
-            "parameters": 2257984,
-            "weights": {"source": "gs://bucket/weights.h5", "sha256": "a" * 64, "licence": "MIT"},
-        },
-        "results": [
-            {
-                "arm": "scratch",
-                "train_fraction": 1.0,
-                "seed": 0,
-                "train_examples": 30,
-                "resumed": 0,
-                "parameters": {"total": 2260546, "trainable": 2226434, "backbone_trainable": 2223872},
-                "history": [
-                    {
-                        "epoch": 1,
-                        "phase": "all",
-                        "train_loss": 0.7,
-                        "train_accuracy": 0.5,
-                        "validation_loss": 0.69,
-                        "validation_accuracy": 0.6,
-                        "seconds": 1.5,
-                    }
-                ],
-                "metrics": {name: split_metrics(size) for name, size in sizes.items()},
-                "batch_norm": {"test_accuracy_raw": 0.4, "test_accuracy_recalibrated": 0.5},
-                "most_wrong": [
-                    {
-                        "example_id": "a__1",
-                        "label": "cat",
-                        "predicted": "dog",
-                        "label_probability": 0.25,
-                        "predicted_probability": 0.75,
-                    }
-                ],
-                "seconds": dict.fromkeys(seconds, 1.25),
-                "rows": {"cut": "block_10_project_BN", "row_bytes": 38400, "kept": "disk"},
-                "examples_per_second": 20.0,
-                "energy_joules": 12.5,
-                "cost": 0.25,
-                "saved_model": "arms/scratch/fraction-1/seed-0/saved_model",
-            }
-        ],
-        "summaries": [
-            {
-                "arm": "scratch",
-                "train_fraction": 1.0,
-                "train_examples": 30,
-                "seeds": [0],
-                "test_accuracy": 0.5,
-                "interval": [0.25, 0.75],
-                "method": "Wilson",
-                "seconds": 1.25,
-                "cost": 0.25,
-            }
-        ],
+    document = fields()
+    document["dataset"] |= {
+        "duplicates_across_splits": 1,
+        "duplicates": [{"kind": "near", "examples": [{"split": "train", "example_id": "a__0"}]}],
+        "licence": "CC BY 2.0",
+        "citation": "A paper",
+        "homepage": "https://example.com",
+    }
+    document["backbone"]["weights"]["licence"] = "MIT"
+    (result,) = document["results"]
+    for metrics in result["metrics"].values():
+        metrics["reliability"] = [{"examples": metrics["examples"], "confidence": 0.625, "accuracy": 0.5}]
+    epoch = dict.fromkeys(("train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "seconds"), 0.5)
+    result["history"] = [{"epoch": 1, "phase": "all", **epoch}]
+    wrong = {"example_id": "a__1", "label": "cat", "predicted": "dog"}
+    result["most_wrong"] = [{**wrong, "label_probability": 0.25, "predicted_probability": 0.75}]
+    result["batch_norm"] = {"test_accuracy_raw": 0.4, "test_accuracy_recalibrated": 0.5}
+    result |= {"energy_joules": 12.5, "cost": 0.25}
+    examples = {"train_fraction": 1.0, "train_examples": 30, "seeds": [0]}
+    accuracy = {"test_accuracy": 0.5, "interval": [0.25, 0.75], "method": "Wilson", "seconds": 1.25, "cost": 0.25}
+    difference = {"difference": 0.1, "interval": [-0.05, 0.25], "p_value": 0.3, "method": "McNemar"}
+    arms = {"train_fraction": 1.0, "seeds": [0], "better": "fine_tune", "worse": "scratch"}
+    return document | {
+        "summaries": [{"arm": "scratch", **examples, **accuracy}],
         "verdict": "No difference shown.",
-        "comparisons": [
-            {
-                "train_fraction": 1.0,
-                "seeds": [0],
-                "better": "fine_tune",
-                "worse": "scratch",
-                "difference": 0.1,
-                "interval": [-0.05, 0.25],
-                "p_value": 0.3,
-                "method": "McNemar",
-                "verdict": "No difference shown.",
-            }
-        ],
+        "comparisons": [{**arms, **difference, "verdict": "No difference shown."}],
         "artifacts": [{"path": "report.html", "bytes": 5, "sha256": "f" * 64, "crc32c": "yZRlqg=="}],
     }
 

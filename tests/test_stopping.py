@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.kills import PID_1, with_pid_1
 from tests.support.running import ROOT
 
 # A generous bound for what is to happen at once; the grace period is 24 s, so that the two cannot be confused.
@@ -30,6 +32,7 @@ with stopping.deferred():  # a signal that comes before the call is no exception
     lock(mutex)
 """
 
+BEFORE = [pytest.param((), id="any process"), pytest.param(PID_1, id="PID 1", marks=with_pid_1)]
 BEGINNING = """
 import os, signal, sys, time
 from job import stopping
@@ -63,6 +66,15 @@ def children_of(pid: int) -> list[int]:
     with suppress(OSError):
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return []
+
+
+def own_pid(process: subprocess.Popen[str], before: Sequence[str]) -> int:
+    """Return the process id of the Python code, which behind PID_1 thinks that it is 1."""
+    if not before:
+        return process.pid
+    (inner,) = children_of(process.pid)
+    assert re.search(r"^NSpid:.*\s1$", Path(f"/proc/{inner}/status").read_text(), re.MULTILINE)
+    return inner
 
 
 def said(process: subprocess.Popen[str]) -> str:
@@ -201,18 +213,22 @@ with stopping.deferred():
     assert done.returncode == 0
 
 
+@pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize(
     ("first", "second"),
     [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)],
     ids=lambda number: number.name,
 )
-def test_a_second_signal_ends_native_code_at_once(first: signal.Signals, second: signal.Signals) -> None:
-    with child(IN_NATIVE_CODE) as process:
+def test_a_second_signal_ends_native_code_at_once(
+    first: signal.Signals, second: signal.Signals, before: Sequence[str]
+) -> None:
+    with child(IN_NATIVE_CODE, before) as process:
         assert said(process) == "ready"
-        process.send_signal(first)
+        pid = own_pid(process, before)
+        os.kill(pid, first)
         with pytest.raises(subprocess.TimeoutExpired):  # the first waits for what has begun
             process.wait(1)
-        process.send_signal(second)
+        os.kill(pid, second)
         assert process.wait(AT_ONCE) == 143
         assert process.stderr is not None
         assert "asked a second time" in process.stderr.read()
@@ -241,11 +257,12 @@ def test_a_second_signal_ends_a_deferral() -> None:
         assert process.wait(AT_ONCE) == 143
 
 
-def test_native_code_that_outlasts_the_grace_period_is_ended() -> None:
+@pytest.mark.parametrize("before", BEFORE)
+def test_native_code_that_outlasts_the_grace_period_is_ended(before: Sequence[str]) -> None:
     code = "stopping.GRACE_SECONDS = 2.0\nstopping.heed()\n" + IN_NATIVE_CODE
-    with child(code, heeds=False) as process:
+    with child(code, before, heeds=False) as process:
         assert said(process) == "ready"
-        process.send_signal(signal.SIGTERM)
+        os.kill(own_pid(process, before), signal.SIGTERM)
         assert process.wait(AT_ONCE) == 143
         assert process.stderr is not None
         assert "grace period is over" in process.stderr.read()
@@ -277,37 +294,3 @@ with stopping.deferred(), stopping.when_asked(lambda: say("in time")):
 def test_the_grace_period_ends_before_the_platforms_kill() -> None:
     done = run("say(str(stopping.GRACE_SECONDS))")
     assert float(done.stdout) == 25
-
-
-def _new_pid_namespace() -> list[str]:
-    return ["unshare", "--fork", "--pid", "--mount-proc", "--kill-child"]
-
-
-@pytest.mark.skipif(
-    subprocess.run([*_new_pid_namespace(), "true"], capture_output=True, check=False).returncode != 0,
-    reason="this account cannot make a PID namespace (unshare --pid)",
-)
-def test_a_process_with_pid_1_ends_at_the_second_signal_too() -> None:
-    with child("say(str(os.getpid()))\n" + IN_NATIVE_CODE, _new_pid_namespace()) as process:
-        assert said(process) == "1"
-        assert said(process) == "ready"
-        (inner,) = children_of(process.pid)
-        os.kill(inner, signal.SIGTERM)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1)
-        os.kill(inner, signal.SIGTERM)
-        assert process.wait(AT_ONCE) == 143
-
-
-@pytest.mark.skipif(
-    subprocess.run([*_new_pid_namespace(), "true"], capture_output=True, check=False).returncode != 0,
-    reason="this account cannot make a PID namespace (unshare --pid)",
-)
-def test_a_process_with_pid_1_ends_with_the_grace_period() -> None:
-    code = "stopping.GRACE_SECONDS = 2.0\nstopping.heed()\nsay(str(os.getpid()))\n" + IN_NATIVE_CODE
-    with child(code, _new_pid_namespace(), heeds=False) as process:
-        assert said(process) == "1"
-        assert said(process) == "ready"
-        (inner,) = children_of(process.pid)
-        os.kill(inner, signal.SIGTERM)
-        assert process.wait(AT_ONCE) == 143

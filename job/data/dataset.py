@@ -102,8 +102,7 @@ def open_source(settings: DataSettings, *, prepare: bool = True) -> Source:
     # Asked only of a prepared set: some builders learn the names while they prepare.
     label = builder.info.features[label_key]
     if not label.num_classes or label.num_classes < 2:
-        raise ConfigError.of(
-            "TRANSFER_DATASET",
+        raise _wrong(
             f"{label_key} of {builder.info.full_name} has {label.num_classes or 'no'} classes; at least 2 are needed",
         )
     classes = tuple(label.names)
@@ -137,6 +136,10 @@ def open_source(settings: DataSettings, *, prepare: bool = True) -> Source:
     )
 
 
+def _wrong(message: str) -> ConfigError:
+    return ConfigError.of("TRANSFER_DATASET", message)
+
+
 def _open_builder(settings: DataSettings, prepare: bool) -> Any:
     dataset = settings.dataset
     is_path = "://" in dataset or dataset.startswith(("/", ".", "~")) or (Path(dataset) / "dataset_info.json").is_file()
@@ -153,8 +156,7 @@ def _open_builder(settings: DataSettings, prepare: bool) -> Any:
                 raise ConfigError([])
             _prepare(builder, dataset)
     if not builder.info.splits:
-        raise ConfigError.of(
-            "TRANSFER_DATASET",
+        raise _wrong(
             f"{builder.data_dir} holds no complete data set (it has no splits); remove the folder to prepare it anew",
         )
     return builder
@@ -165,8 +167,7 @@ def _builder_from_directory(folder: str) -> Any:
     if not tf.io.gfile.exists(f"{place}/dataset_info.json"):
         inside = [found for depth in ("*", "*/*") for found in tf.io.gfile.glob(f"{place}/{depth}/dataset_info.json")]
         hint = f"; below it there is {str(inside[0]).removesuffix('/dataset_info.json')}" if inside else ""
-        raise ConfigError.of(
-            "TRANSFER_DATASET",
+        raise _wrong(
             f"{folder!r} is no prepared TFDS data set: it has no dataset_info.json{hint}. "
             "Give the folder that holds dataset_info.json, features.json and the record files",
         )
@@ -175,18 +176,14 @@ def _builder_from_directory(folder: str) -> Any:
     except tf.errors.OpError:
         raise
     except Exception as error:  # whatever TFDS trips over in metadata that the user pointed at is theirs to mend
-        raise ConfigError.of(
-            "TRANSFER_DATASET", f"the metadata of {folder!r} cannot be read by TFDS: {first_line(error)}"
-        ) from error
+        raise _wrong(f"the metadata of {folder!r} cannot be read by TFDS: {first_line(error)}") from error
 
 
 def _builder_by_name(dataset: str, data_dir: str | None) -> Any:
     try:
         return tfds.builder(dataset, data_dir=data_dir)
     except ImportError as error:
-        raise ConfigError.of(
-            "TRANSFER_DATASET", f"{dataset!r} needs a Python package that is not installed: {first_line(error)}"
-        ) from error
+        raise _wrong(f"{dataset!r} needs a Python package that is not installed: {first_line(error)}") from error
     except (ValueError, AssertionError, KeyError) as error:
         known = sorted(set(tfds.list_builders(with_community_datasets=False)))  # of the installed package: no network
         name = dataset.split(":")[0].split("/")[0]
@@ -205,7 +202,7 @@ def _builder_by_name(dataset: str, data_dir: str | None) -> Any:
                 f"{'; did you mean ' + ' or '.join(near) + '?' if near else '.'} Accepted: a TFDS name, name:version, "
                 "name/config, or the path or gs:// URI of a prepared TFDS directory"
             )
-        raise ConfigError.of("TRANSFER_DATASET", message) from error
+        raise _wrong(message) from error
 
 
 def _prepare(builder: Any, dataset: str) -> None:
@@ -221,7 +218,7 @@ def _prepare(builder: Any, dataset: str) -> None:
     except ConfigError:
         raise
     except (ImportError, AssertionError, ValueError) as error:
-        raise ConfigError.of("TRANSFER_DATASET", f"TFDS cannot prepare {dataset}: {first_line(error)}") from error
+        raise _wrong(f"TFDS cannot prepare {dataset}: {first_line(error)}") from error
     except (OSError, tfds.download.DownloadError, tf.errors.OpError) as error:
         if getattr(error, "errno", None) in _FOLDER_FAULTS or "Not enough disk space" in str(error):
             raise ConfigError.of(
@@ -255,8 +252,7 @@ def _find_features(builder: Any) -> tuple[str, str]:
         images, labels = [keys[0]], [keys[1]]
     if len(images) != 1 or len(labels) != 1:
         listed = ", ".join(f"{key} ({type(feature).__name__})" for key, feature in features.items())
-        raise ConfigError.of(
-            "TRANSFER_DATASET",
+        raise _wrong(
             f"{builder.info.full_name} does not say which image and which class label to learn from: it has "
             f"{len(images)} photos and {len(labels)} class labels among its features {listed}",
         )
@@ -269,6 +265,6 @@ def storage_errors(place: str) -> Iterator[None]:
     try:
         yield
     except _LASTING as error:
-        raise ConfigError.of("TRANSFER_DATASET", f"{place} cannot be read: {first_line(error)}") from error
+        raise _wrong(f"{place} cannot be read: {first_line(error)}") from error
     except tf.errors.OpError as error:
         raise UnavailableError(f"{place} could not be read to its end: {first_line(error)}") from error

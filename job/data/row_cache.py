@@ -6,10 +6,8 @@ import base64
 import hashlib
 import json
 import logging
-import os
 import re
 import tempfile
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -20,11 +18,10 @@ import numpy.typing as npt
 
 from job.data.row_files import DamagedRowsError, RowFile, RowFileWriter
 from job.errors import ConfigError, UnavailableError
-from job.local_files import create_locked, remove_if_abandoned
+from job.local_files import TEMPORARY, remove_if_abandoned, unfinished
 
 logger = logging.getLogger(__name__)
 
-_TEMPORARY = re.compile(r".+\.(npy|json)\.\d+-[0-9a-f]{8}\.part")
 _LONGEST_NAME = 180
 _LONGEST_VALUE = 40
 
@@ -86,9 +83,8 @@ class RowCache:
                 "TRANSFER_CACHE_DIR",
                 f"{folder} cannot be used for rows: {error.strerror}; give a folder on local disk that can be written",
             ) from error
-        for path in folder.iterdir():
-            if _TEMPORARY.fullmatch(path.name):
-                remove_if_abandoned(path)
+        for path in folder.glob(f"{TEMPORARY}*"):
+            remove_if_abandoned(path)
 
     def find(self, name: str, key: Mapping[str, Any]) -> RowFile | None:
         """Return the rows kept under ``name``, or None where there are none that may be used.
@@ -129,16 +125,17 @@ class RowCache:
             OSError: the file cannot be written, unchanged: ENOSPC and EDQUOT mean that the disk is full.
         """
         data, description = self._paths(name)
-        with _temporary(data) as unfinished:
-            with RowFileWriter(unfinished, row_shape, dtype, expected) as writer:
+        with unfinished(data) as file:
+            with RowFileWriter(Path(file.name), row_shape, dtype, expected) as writer:
                 yield writer
-            rows, size = writer.rows, unfinished.stat().st_size
+            rows, size = writer.rows, Path(file.name).stat().st_size
             told = _Description(dict(key), size, _base64(writer.crc32c), list(rows.shape), rows.dtype.str)
-            with _temporary(description) as unfinished_description:
-                unfinished_description.write_text(_canonical(asdict(told)), encoding="utf-8")
+            with unfinished(description) as of_it:
+                of_it.write(_canonical(asdict(told)).encode())
+                of_it.flush()
                 # A kill between the two leaves new rows with an old description or none: find refuses both.
-                unfinished.replace(data)
-                unfinished_description.replace(description)
+                Path(file.name).replace(data)
+                Path(of_it.name).replace(description)
 
     def _paths(self, name: str) -> tuple[Path, Path]:
         safe = re.sub(r"[^\w.+=@-]|^\.", "_", name, flags=re.ASCII)[:_LONGEST_NAME]
@@ -217,18 +214,3 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 def _shortened(text: str) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
-
-
-@contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """Yield the path of an empty file beside ``target``, locked meanwhile; in the end nothing has that name."""
-    while True:
-        path = target.with_name(f"{target.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
-        with suppress(FileNotFoundError):  # removed between creation and lock
-            file = create_locked(path)
-            break
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,19 +10,15 @@ import pytest
 
 from job.manifest import Manifest
 from job.storage.verification import verify
-from tests.support.running import ROOT
+from tests.support.running import ROOT, environment_of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 10])
 def test_all_end_well_and_one_run_is_published(count: int, tiny: dict[str, str], tmp_path: Path) -> None:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRANSFER_", "AIP_"))}
     # each saves its progress where the others do; without determinism their results may differ
-    environment = kept | tiny | {
-        "TRANSFER_OUTPUT_URI": str(tmp_path / "output"),
-        "TRANSFER_DETERMINISTIC": "false",
-        "TRANSFER_CHECKPOINT_SECONDS": "1",
-    }  # fmt: skip
+    changes = {"TRANSFER_DETERMINISTIC": "false", "TRANSFER_CHECKPOINT_SECONDS": "1"}
+    environment = environment_of(tiny | changes | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")})
     logs = [tmp_path / f"{number}.log" for number in range(count)]
     processes = []
     for log in logs:

@@ -7,13 +7,14 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support.kills import SAVED_OFTEN, Running, run_folder, started
-from tests.support.running import Finished, run_job
+from tests.support.running import Finished, completed, places, run_job
 
 _MOUNTS = subprocess.run(
     ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/mnt"],  # noqa: S607  (util-linux, wherever it is)
@@ -28,12 +29,7 @@ mounting = pytest.mark.skipif(
 @pytest.fixture
 def frozen(tiny: dict[str, str], tmp_path: Path) -> dict[str, str]:
     """The environment of the shortest run that has every stage."""
-    return tiny | SAVED_OFTEN | {
-        "TRANSFER_ARMS": "frozen",
-        "TRANSFER_EPOCHS": "3",
-        "TRANSFER_OUTPUT_URI": str(tmp_path / "output"),
-        "TRANSFER_CACHE_DIR": str(tmp_path / "cache"),
-    }  # fmt: skip
+    return tiny | SAVED_OFTEN | places(tmp_path) | {"TRANSFER_ARMS": "frozen", "TRANSFER_EPOCHS": "3"}
 
 
 def assert_failed(process: Finished, path: Path, codes: Sequence[int] = (74, 78)) -> None:
@@ -44,13 +40,10 @@ def assert_failed(process: Finished, path: Path, codes: Sequence[int] = (74, 78)
     assert not any("Traceback" in message for message in errors), errors
 
 
-def assert_completes(environment: dict[str, str]) -> Finished:
+def assert_completes(environment: dict[str, str]) -> None:
     """Check that the same settings are published, and verify, in a healthy place."""
-    done = run_job(environment)
-    assert done.code == 0, done.errors
-    run = run_folder(Path(environment["TRANSFER_OUTPUT_URI"]))
-    assert run_job({}, "verify", str(run)).code == 0
-    return done
+    completed(environment)
+    completed({}, "verify", str(run_folder(Path(environment["TRANSFER_OUTPUT_URI"]))))
 
 
 def manifests(folder: Path) -> list[Path]:
@@ -64,13 +57,22 @@ def on_a_disk_of(size: str, folder: Path) -> list[str]:
     return ["unshare", "--mount", "sh", "-c", mount, size, str(folder)]
 
 
-def fill(running: Running, folder: Path) -> None:
-    """Fill the disk that a process has at ``folder``, while it stands still."""
+@contextmanager
+def standing_still(running: Running, marker: str) -> Iterator[None]:
+    """Let a process stand still from a message of its log that ``marker`` matches to the end of the block."""
+    assert running.until(marker)
     running.send(signal.SIGSTOP)
-    own_view = Path(f"/proc/{running.pid}/root") / folder.relative_to("/")
-    with (own_view / "ballast").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
-        file.writelines(itertools.repeat(b"\0" * 65536))
+    yield
     running.send(signal.SIGCONT)
+
+
+def fill(running: Running, folder: Path, marker: str) -> Finished:
+    """Fill the disk that a process has at ``folder``, once its log has the message; return how it ends."""
+    with standing_still(running, marker):
+        own_view = Path(f"/proc/{running.pid}/root") / folder.relative_to("/")
+        with (own_view / "ballast").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            file.writelines(itertools.repeat(b"\0" * 65536))
+    return running.end()
 
 
 @mounting
@@ -84,9 +86,7 @@ def test_a_cache_folder_that_runs_full_is_named(frozen: dict[str, str], tmp_path
     cache = tmp_path / "cache"
     environment = frozen | {"TRANSFER_ARMS": arms}
     with started(environment, before=on_a_disk_of("256m", cache)) as running:
-        assert running.until(moment)
-        fill(running, cache)
-        process = running.end()
+        process = fill(running, cache, moment)
     assert_failed(process, cache)
     assert not manifests(tmp_path)
     if moment == r"^run ":
@@ -110,9 +110,7 @@ def test_a_cache_folder_that_is_too_small_from_the_start_is_refused(frozen: dict
 def test_an_output_folder_that_runs_full_is_named(frozen: dict[str, str], tmp_path: Path, moment: str) -> None:
     output = tmp_path / "output"
     with started(frozen, before=on_a_disk_of("256m", output)) as running:
-        assert running.until(moment)
-        fill(running, output)
-        process = running.end()
+        process = fill(running, output, moment)
     assert_failed(process, output)
     assert not running.until("^published")
 
@@ -134,12 +132,10 @@ def test_an_output_folder_that_becomes_read_only_is_named(frozen: dict[str, str]
 def test_an_output_folder_that_is_replaced_by_a_file_is_named(frozen: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "output"
     with started(frozen) as running:
-        assert running.until(r"^frozen: fraction")
-        running.send(signal.SIGSTOP)
-        if output.exists():
-            output.rename(tmp_path / "aside")
-        output.write_text("in the way")
-        running.send(signal.SIGCONT)
+        with standing_still(running, r"^frozen: fraction"):
+            if output.exists():
+                output.rename(tmp_path / "aside")
+            output.write_text("in the way")
         process = running.end()
     assert_failed(process, output, [78])
     assert not manifests(tmp_path)
@@ -165,10 +161,8 @@ def test_a_record_file_that_is_cut_short_in_mid_stream_is_named(
     shard = max(copied.glob("*.tfrecord-*"))
     whole = shard.read_bytes()
     with started(environment) as running:
-        assert running.until(r"^run ")
-        running.send(signal.SIGSTOP)
-        os.truncate(shard, len(whole) * 2 // 3)
-        running.send(signal.SIGCONT)
+        with standing_still(running, r"^run "):
+            os.truncate(shard, len(whole) * 2 // 3)
         process = running.end()
     assert_failed(process, copied)
     assert any(path.is_file() for path in tmp_path.rglob("*.npy")) is False, "decoded photos were left"
@@ -191,10 +185,8 @@ def test_a_record_file_with_a_flipped_bit_is_named(frozen: dict[str, str], copie
 @pytest.mark.slow
 def test_a_record_file_that_has_gone_is_named(frozen: dict[str, str], copied: Path, tmp_path: Path) -> None:
     with started(frozen | {"TRANSFER_DATASET": str(copied)}) as running:
-        assert running.until(r"^run ")
-        running.send(signal.SIGSTOP)
-        max(copied.glob("*.tfrecord-*")).unlink()
-        running.send(signal.SIGCONT)
+        with standing_still(running, r"^run "):
+            max(copied.glob("*.tfrecord-*")).unlink()
         process = running.end()
     assert_failed(process, copied)
     assert not manifests(tmp_path)

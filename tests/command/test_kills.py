@@ -22,16 +22,10 @@ from tests.support.kills import (
     kill_until_it_ends,
     moments,
     run_folder,
-    undisturbed,
 )
-from tests.support.running import run_job
+from tests.support.running import completed, places, run_job
 
 EARLY = [Moment(stage) for stage in ("start-up", "plan", "decoding")]
-
-
-@pytest.fixture(scope="module")
-def expected(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return undisturbed(tiny, tmp_path_factory)
 
 
 def seeded() -> random.Random:
@@ -50,7 +44,7 @@ def sprinkled(later: Sequence[Moment], early: Sequence[Moment], random: random.R
 
 
 def test_a_run_killed_at_random_moments_publishes_what_an_undisturbed_one_does(
-    expected: Undisturbed, tmp_path: Path
+    undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     random = seeded()
     output, cache = tmp_path / "output", tmp_path / "cache"
@@ -59,12 +53,11 @@ def test_a_run_killed_at_random_moments_publishes_what_an_undisturbed_one_does(
     later = [moment for moment in order if moment.result and moment != in_training]
     chosen = sorted([in_training, *random.sample(later, 3)], key=order.index)
     wanted = sprinkled(chosen, [random.choice(EARLY)], random)
-    environment = expected.environment | {"TRANSFER_OUTPUT_URI": str(output), "TRANSFER_CACHE_DIR": str(cache)}
+    environment = undisturbed.environment | places(tmp_path)
     kills, last = kill_until_it_ends(environment, wanted, order, random)
     assert len(kills) >= 5
     assert all(kill.process.code == -9 for kill in kills)
-    assert last.code == 0, last.errors
-    manifest = assert_same(run_folder(output), expected.folder)
+    manifest = assert_same(run_folder(output), undisturbed.folder)
     assert any(result["resumed"] for result in manifest["results"])
     processes = [*(kill.process for kill in kills), last]
     assert any(step > 0 for process in processes for step in field(process, "resumed_at"))
@@ -73,21 +66,15 @@ def test_a_run_killed_at_random_moments_publishes_what_an_undisturbed_one_does(
 
 
 @pytest.mark.slow
-def test_forty_kills_over_all_stages_and_arms_change_nothing(expected: Undisturbed, tmp_path: Path) -> None:
+def test_forty_kills_over_all_stages_and_arms_change_nothing(undisturbed: Undisturbed, tmp_path: Path) -> None:
     random = seeded()
-    more = expected.environment | {"TRANSFER_TRAIN_FRACTIONS": "0.5,1.0"}
-    whole = run_job(more | {"TRANSFER_OUTPUT_URI": str(tmp_path / "undisturbed")})
-    assert whole.code == 0, whole.errors
+    more = undisturbed.environment | {"TRANSFER_TRAIN_FRACTIONS": "0.5,1.0"}
+    completed(more | {"TRANSFER_OUTPUT_URI": str(tmp_path / "undisturbed")})
     output, cache, checkpoints = tmp_path / "output", tmp_path / "cache", tmp_path / "checkpoints"
     order = moments([f"{arm} {fraction}" for arm in ARMS for fraction in ("0.5", "1")])
     later = [moment for moment in order if moment.result or moment.stage == "committing"]
-    environment = more | {
-        "TRANSFER_OUTPUT_URI": str(output),
-        "TRANSFER_CACHE_DIR": str(cache),
-        "TRANSFER_CHECKPOINT_URI": str(checkpoints),
-    }
-    kills, last = kill_until_it_ends(environment, sprinkled(later, EARLY * 3, random), order, random)
-    assert last.code == 0, last.errors
+    environment = more | places(tmp_path) | {"TRANSFER_CHECKPOINT_URI": str(checkpoints)}
+    kills, _ = kill_until_it_ends(environment, sprinkled(later, EARLY * 3, random), order, random)
     assert len(kills) >= 40
     hit = {(kill.at.stage, kill.at.result.partition(" ")[0]) for kill in kills}
     assert hit >= {(moment.stage, "") for moment in [*EARLY, Moment("committing")]}
@@ -104,24 +91,18 @@ def test_forty_kills_over_all_stages_and_arms_change_nothing(expected: Undisturb
 
 @pytest.mark.slow
 def test_a_run_killed_after_its_manifest_was_written_is_cleaned_up_by_the_next(
-    expected: Undisturbed, tmp_path: Path
+    undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     # as a kill between the manifest and the removal of what was kept on the way leaves it
     output, cache = tmp_path / "output", tmp_path / "cache"
-    environment = expected.environment | {
-        "TRANSFER_ARMS": "frozen",
-        "TRANSFER_EPOCHS": "2",
-        "TRANSFER_OUTPUT_URI": str(output),
-        "TRANSFER_CACHE_DIR": str(cache),
-    }
-    assert run_job(environment).code == 0
+    environment = undisturbed.environment | places(tmp_path) | {"TRANSFER_ARMS": "frozen", "TRANSFER_EPOCHS": "2"}
+    completed(environment)
     run = run_folder(output)
     manifest = (run / "manifest.json").read_bytes()
     left = run / "checkpoints" / "left.ckpt"
     left.parent.mkdir(exist_ok=True)
     left.write_bytes(b"left")
-    again = run_job(environment)
-    assert again.code == 0, again.errors
+    again = completed(environment)
     assert not field(again, "epoch")
     assert (run / "manifest.json").read_bytes() == manifest
     assert_only_the_run_is_left(run, cache)

@@ -9,7 +9,7 @@ import pytest
 
 from job.storage.locations import open_store
 from job.storage.store import Store
-from tests.support.running import Finished, run_job
+from tests.support.running import completed, run_job
 from tests.support.servers import FAULTS, FaultyProxy
 
 QUICK = tuple(fault for fault in FAULTS if fault not in ("stall", "stall_download"))
@@ -32,9 +32,9 @@ def environment(tiny: dict[str, str], proxy: FaultyProxy, place: str) -> dict[st
     }
 
 
-def verify(proxy: FaultyProxy, place: str) -> Finished:
+def verify(proxy: FaultyProxy, place: str) -> None:
     proxy.heal()
-    return run_job({"STORAGE_EMULATOR_HOST": proxy.url}, "verify", f"gs://bucket/{place}/one")
+    completed({"STORAGE_EMULATOR_HOST": proxy.url}, "verify", f"gs://bucket/{place}/one")
 
 
 # A stall takes as long as the job waits for an answer, half a minute.
@@ -45,12 +45,10 @@ def test_a_run_gets_through_a_storage_that_fails_in_every_way(
     for fault in faults:  # by the luck of the draw one could be missing
         proxy.plan(fault, 1)
     proxy.mix(7, share, QUICK)
-    run = run_job(environment(tiny, proxy, "mixture"))
-    assert run.code == 0, run.errors
+    completed(environment(tiny, proxy, "mixture"))
     assert set(proxy.happened) == set(faults)
     assert proxy.happened.total() > len(faults)
-    verified = verify(proxy, "mixture")
-    assert verified.code == 0, verified.errors
+    verify(proxy, "mixture")
     assert not [name for name in bucket.list() if "checkpoints" in name or ".probe" in name]
 
 
@@ -74,7 +72,5 @@ def test_a_run_whose_storage_dies_exits_74_without_a_manifest_and_completes_when
     assert proxy.happened[fault] > 10
     assert f"{fault}/one/manifest.json" not in bucket.list()
     proxy.heal()
-    again = run_job(given)
-    assert again.code == 0, again.errors
-    verified = verify(proxy, fault)
-    assert verified.code == 0, verified.errors
+    completed(given)
+    verify(proxy, fault)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.real import FLOWERS
-from tests.support.running import ROOT
+from tests.support.running import ROOT, environment_of, published_in
 
 pytestmark = pytest.mark.slow
 
@@ -32,11 +31,10 @@ sys.exit(code)
 
 def peak(arguments: list[str], environment: dict[str, str]) -> int:
     """Return the peak resident memory of Python with these arguments, in bytes."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRANSFER_", "AIP_"))}
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHER, sys.executable, *arguments],
         cwd=ROOT,
-        env=kept | environment,
+        env=environment_of(environment),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -46,15 +44,13 @@ def peak(arguments: list[str], environment: dict[str, str]) -> int:
 
 @pytest.mark.parametrize("arms", ["frozen,fine_tune", "scratch"])
 def test_ten_times_the_photos_cost_a_tenth_more_memory_at_most(arms: str, tmp_path: Path) -> None:
-    if (missing := FLOWERS.missing()) is not None:
-        pytest.skip(missing)
+    environment = FLOWERS.required().environment | SETTINGS
     own = peak(["-c", IMPORTS], {})
     peaks = {}
     for name, split in (("few", "train[:8%]"), ("many", "train[:80%]")):
         changes = {"TRANSFER_ARMS": arms, "TRANSFER_TRAIN_SPLIT": split, "TRANSFER_OUTPUT_URI": str(tmp_path / name)}
-        peaks[name] = peak(["-m", "job"], FLOWERS.environment | SETTINGS | changes) - own
-        (manifest,) = (tmp_path / name).glob("*/manifest.json")
-        results = json.loads(manifest.read_text())["results"]
+        peaks[name] = peak(["-m", "job"], environment | changes) - own
+        results = published_in(tmp_path / name)[1]["results"]
         assert {result["rows"]["kept"] for result in results if result["arm"] != "frozen"} == {"disk"}
     sys.stderr.write(f"TensorFlow's own {own / 1e6:.0f} MB, beyond it {json.dumps(peaks)}\n")
     assert peaks["many"] <= (1 + GROWTH) * peaks["few"], peaks

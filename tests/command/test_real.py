@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.experiment.test_run import variables_of
+from tests.support.kills import variables_of
 from tests.support.real import CATS, FLOWERS, LIKE_XCEPTION, SOLAR, XCEPTION, Real
 
 pytestmark = pytest.mark.slow
@@ -19,9 +19,7 @@ TRAINABLE = {"scratch": 2_223_872, "frozen": 0, "fine_tune": 1_862_592}
 
 @pytest.fixture(scope="module", params=[CATS, FLOWERS, SOLAR], ids=["cats_vs_dogs", "tf_flowers", "solar_cells"])
 def experiment(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Real, dict[str, Any]]:
-    real: Real = request.param
-    if (missing := real.missing()) is not None:
-        pytest.skip(missing)
+    real: Real = request.param.required()
     return real, real.run(tmp_path_factory.mktemp("output"))
 
 
@@ -34,7 +32,7 @@ def test_each_arm_reaches_its_test_accuracy(experiment: tuple[Real, dict[str, An
     reached = accuracies(manifest)
     short = {arm for arm, floor in real.floors.items() if reached[arm] < floor}
     if real is SOLAR:
-        # 0.854 was reached without augmentation (README, The recipe)
+        # 0.854 was reached without augmentation (docs/measurements.md, The recipe)
         assert short == {"fine_tune"}, f"the known shortfall has changed: {reached}"
         pytest.xfail(f"fine_tune reaches {reached['fine_tune']:.4f} of {real.floors['fine_tune']}")
     assert not short, reached
@@ -62,9 +60,7 @@ def test_scratch_is_published_with_re_estimated_statistics(experiment: tuple[Rea
 
 @pytest.mark.parametrize("recipe", [XCEPTION, LIKE_XCEPTION], ids=["Xception", "MobileNetV2"])
 def test_the_recipe_of_the_xception_tutorial_reaches_its_test_accuracy(recipe: Real, tmp_path: Path) -> None:
-    if (missing := recipe.missing()) is not None:
-        pytest.skip(missing)
-    reached = accuracies(recipe.run(tmp_path))
+    reached = accuracies(recipe.required().run(tmp_path))
     assert reached["fine_tune"] >= recipe.floors["fine_tune"], reached
 
 
@@ -72,16 +68,12 @@ def test_the_test_split_has_the_published_number_of_cells(tmp_path: Path) -> Non
     from job.data.dataset import open_source
     from job.settings.environment import load
 
-    if (missing := SOLAR.missing()) is not None:
-        pytest.skip(missing)
-    settings = load(SOLAR.environment | {"TRANSFER_DATA_DIR": str(tmp_path)})
+    settings = load(SOLAR.required().environment | {"TRANSFER_DATA_DIR": str(tmp_path)})
     assert open_source(settings.data).splits["test"].examples == 656
 
 
 @pytest.mark.parametrize("deterministic", ["true", "false"])
 def test_rows_that_are_kept_train_as_frozen_layers_run_in_every_step(deterministic: str, tmp_path: Path) -> None:
-    if (missing := CATS.missing()) is not None:
-        pytest.skip(missing)
     changes = {
         "train_split": "train[:4%]",
         "validation_split": "train[50%:52%]",
@@ -90,11 +82,12 @@ def test_rows_that_are_kept_train_as_frozen_layers_run_in_every_step(determinist
         "epochs": "3",
         "deterministic": deterministic,
     }
-    kept = {cache: CATS.run(tmp_path / cache, feature_cache=cache, **changes) for cache in ("auto", "off")}
+    kept = {cache: CATS.required().run(tmp_path / cache, feature_cache=cache, **changes) for cache in ("auto", "off")}
     for result in kept["auto"]["results"]:
         where = [tmp_path / cache / manifest["run_id"] / result["saved_model"] for cache, manifest in kept.items()]
         files = [(folder.parent / "predictions.csv").read_text(encoding="utf-8") for folder in where]
         cached, end_to_end = (variables_of(folder) for folder in where)
+        assert len(cached) > 100
         largest = max(float(np.abs(cached[name] - value).max()) for name, value in end_to_end.items())
         logits = [logits_of(text) for text in files]
         difference = np.abs(logits[0] - logits[1]).max() / np.ptp(logits[0])

@@ -11,14 +11,14 @@ import urllib.request
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 
 from tests.support.kills import SAVED_OFTEN, Moment, ended, moments, run_folder
-from tests.support.running import Finished, run_job
-from tests.support.servers import faulty_proxy, gcs_server
+from tests.support.running import Finished, completed, run_job
+from tests.support.servers import faulty_proxy, gcs_server, stored
 
 # Each secret is told apart by what follows, so that a leak says where it came from.
 MARK = "Pl4ntedS3cret"
@@ -101,16 +101,13 @@ def assert_silent(process: Finished) -> None:
     assert "upload_id=" not in process.errors
 
 
-def stored_in(server: str, bucket: str) -> dict[str, bytes]:
-    """Return the content of every object in a bucket."""
+def stored_without_secrets(server: str, bucket: str) -> list[str]:
+    """Check that neither name nor content of any object in a bucket holds a secret; return the names."""
     with urllib.request.urlopen(f"{server}/storage/v1/b/{bucket}/o") as answer:  # noqa: S310
         names = [item["name"] for item in json.load(answer).get("items", [])]
-    found = {}
-    for name in names:
-        address = f"{server}/storage/v1/b/{bucket}/o/{quote(name, safe='')}?alt=media"
-        with urllib.request.urlopen(address) as answer:  # noqa: S310
-            found[name] = answer.read()
-    return found
+    found = {name: leaks(stored(server, bucket, name)) + leaks(name.encode()) for name in names}
+    assert {name: places for name, places in found.items() if places} == {}
+    return names
 
 
 @pytest.mark.parametrize(
@@ -177,21 +174,15 @@ def test_a_successful_run_and_its_checkpoints_hold_no_secret(
     assert stop.process.code == 143, stop.process.errors
     assert_silent(stop.process)
     assert leaks_below(tmp_path / "written") == {}
-    kept = stored_in(server, "bucket")
-    assert any(name.endswith(".ckpt") for name in kept), list(kept)
-    assert {name: leaks(content) for name, content in kept.items() if leaks(content) or leaks(name.encode())} == {}
+    kept = stored_without_secrets(server, "bucket")
+    assert any(name.endswith(".ckpt") for name in kept), kept
 
-    done = run_job(environment)
-    assert done.code == 0, done.errors
-    assert_silent(done)
+    assert_silent(completed(environment))
     assert leaks_below(tmp_path / "written") == {}
-    kept = stored_in(server, "bucket")
+    kept = stored_without_secrets(server, "bucket")
     assert "model/saved_model.pb" in kept
-    assert not any(name.endswith(".ckpt") for name in kept), list(kept)
-    assert {name: leaks(content) for name, content in kept.items() if leaks(content) or leaks(name.encode())} == {}
-    verified = run_job(environment, "verify", str(run_folder(tmp_path / "written" / "output")))
-    assert verified.code == 0
-    assert_silent(verified)
+    assert not any(name.endswith(".ckpt") for name in kept), kept
+    assert_silent(completed(environment, "verify", str(run_folder(tmp_path / "written" / "output"))))
 
 
 # Secrets in settings that are refused: each with what must be named instead.
@@ -210,36 +201,35 @@ REFUSED: Mapping[str, str] = {
 }
 
 
+def refused(environment: dict[str, str], *arguments: str) -> str:
+    """Run the job, which must be refused without a secret; return what it printed."""
+    process = run_job(environment, *arguments)
+    assert process.code == 78, process.errors
+    assert_silent(process)
+    return process.errors
+
+
 @pytest.mark.parametrize("log_format", ["json", "text"])
 @pytest.mark.parametrize("verb", ["run", "plan"])
 def test_refused_settings_are_named_without_their_secrets(
     secretive: dict[str, str], tmp_path: Path, verb: str, log_format: str
 ) -> None:
-    refused = run_job(secretive | dict(REFUSED) | {"TRANSFER_LOG_FORMAT": log_format}, verb)
-    assert refused.code == 78
+    errors = refused(secretive | dict(REFUSED) | {"TRANSFER_LOG_FORMAT": log_format}, verb)
     for variable in REFUSED:
-        assert f"{variable}: " in refused.errors, refused.errors
-    assert_silent(refused)
+        assert f"{variable}: " in errors, errors
     assert not (tmp_path / "written" / "output").exists()
 
 
 def test_verify_of_a_signed_address_names_it_without_the_signature(places: dict[str, str]) -> None:
     address = f"https://user:{secret('User')}@host/run?sig={secret('Verify')}"
-    refused = run_job(places, "verify", address)
-    assert refused.code == 78
-    assert_silent(refused)
+    refused(places, "verify", address)
 
 
 def test_a_key_file_that_cannot_be_used_is_named_and_not_quoted(secretive: dict[str, str]) -> None:
-    refused = run_job(secretive, "verify", "gs://bucket/run")
-    assert refused.code == 78, refused.errors
-    assert "GOOGLE_APPLICATION_CREDENTIALS" in refused.errors
-    assert_silent(refused)
+    assert "GOOGLE_APPLICATION_CREDENTIALS" in refused(secretive, "verify", "gs://bucket/run")
     key = Path(secretive["GOOGLE_APPLICATION_CREDENTIALS"])
     key.write_text(f"{secret('NoJson')} is not JSON")
-    refused = run_job(secretive, "verify", "gs://bucket/run")
-    assert refused.code == 78, refused.errors
-    assert_silent(refused)
+    refused(secretive, "verify", "gs://bucket/run")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 
 from tests.support.kills import (
     ARMS,
+    PID_1,
     End,
     Moment,
     Undisturbed,
@@ -22,16 +22,15 @@ from tests.support.kills import (
     moments,
     run_folder,
     started,
-    undisturbed,
+    with_pid_1,
 )
-from tests.support.running import Finished, run_job
+from tests.support.running import Finished, completed, places, run_job
 
 # The contract's bound; the platform's own SIGKILL comes 5 s later.
 GRACE_SECONDS = 25.0
 STEPS_PER_EPOCH = 5  # 71 examples in batches of 16
 
 TERM, INT = signal.SIGTERM, signal.SIGINT
-PID_1 = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
 # Each stop goes on from where the one before it ended: so one run passes them all.
 STOPS: list[tuple[Moment, float, signal.Signals]] = [
     (Moment("start-up"), 0.0, TERM),
@@ -45,11 +44,6 @@ STOPS: list[tuple[Moment, float, signal.Signals]] = [
     (Moment("storing", "fine_tune 1"), 0.0, TERM),
     (Moment("committing"), 0.0, TERM),
 ]
-
-
-@pytest.fixture(scope="module")
-def expected(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return undisturbed(tiny, tmp_path_factory)
 
 
 def stop_at_each(
@@ -95,18 +89,13 @@ def assert_nothing_was_lost(processes: Sequence[Finished]) -> None:
 
 @pytest.mark.slow
 def test_a_run_stopped_at_every_stage_loses_nothing_and_publishes_the_same(
-    expected: Undisturbed, tmp_path: Path
+    undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    environment = expected.environment | {
-        "TRANSFER_OUTPUT_URI": str(tmp_path / "output"),
-        "TRANSFER_CACHE_DIR": str(tmp_path / "cache"),
-        # so that nothing but the stop itself saves
-        "TRANSFER_CHECKPOINT_SECONDS": "3600",
-    }
+    # so that nothing but the stop itself saves
+    environment = undisturbed.environment | places(tmp_path) | {"TRANSFER_CHECKPOINT_SECONDS": "3600"}
     (tmp_path / "cache").mkdir()
     stops = stop_at_each(environment, STOPS, moments())
-    last = run_job(environment)
-    assert last.code == 0, last.errors
+    last = completed(environment)
     processes = [*(stop.process for stop in stops), last]
     assert_nothing_was_lost(processes)
     in_training = next(stop.process for stop in stops if stop.at == Moment("training", "scratch 1"))
@@ -116,7 +105,7 @@ def test_a_run_stopped_at_every_stage_loses_nothing_and_publishes_the_same(
     ]
     assert sorted(epochs) == sorted({(arm, epoch) for arm in ARMS for epoch in range(1, 17)}), "an epoch was repeated"
     run = run_folder(tmp_path / "output")
-    assert_same(run, expected.folder)
+    assert_same(run, undisturbed.folder)
     assert_only_the_run_is_left(run, tmp_path / "cache")
     assert run_job({}, "verify", str(run)).code == 0
 
@@ -124,30 +113,23 @@ def test_a_run_stopped_at_every_stage_loses_nothing_and_publishes_the_same(
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [TERM, INT], ids=lambda number: number.name)
 def test_a_run_stopped_at_every_stage_of_every_arm_publishes_the_same(
-    expected: Undisturbed, tmp_path: Path, number: signal.Signals
+    undisturbed: Undisturbed, tmp_path: Path, number: signal.Signals
 ) -> None:
-    environment = expected.environment | {
-        "TRANSFER_OUTPUT_URI": str(tmp_path / "output"),
-        "TRANSFER_CACHE_DIR": str(tmp_path / "cache"),
-        "TRANSFER_CHECKPOINT_URI": str(tmp_path / "checkpoints"),
-    }
+    kept = {"TRANSFER_CHECKPOINT_URI": str(tmp_path / "checkpoints")}
+    environment = undisturbed.environment | places(tmp_path) | kept
     (tmp_path / "cache").mkdir()
     order = moments()
     stops = stop_at_each(environment, [(moment, 0.0, number) for moment in order[:-1]], order)
-    last = run_job(environment)
-    assert last.code == 0, last.errors
+    last = completed(environment)
     assert_nothing_was_lost([*(stop.process for stop in stops), last])
-    assert_same(run_folder(tmp_path / "output"), expected.folder)
+    assert_same(run_folder(tmp_path / "output"), undisturbed.folder)
     assert not [path for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()]
 
 
-@pytest.mark.skipif(
-    subprocess.run([*PID_1, "true"], capture_output=True, check=False).returncode != 0,
-    reason="this account cannot make a PID namespace (unshare --pid)",
-)
+@with_pid_1
 @pytest.mark.slow
-def test_a_job_with_pid_1_stops_too(expected: Undisturbed, tmp_path: Path) -> None:
-    environment = expected.environment | {"TRANSFER_OUTPUT_URI": str(tmp_path), "TRANSFER_ARMS": "scratch"}
+def test_a_job_with_pid_1_stops_too(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    environment = undisturbed.environment | {"TRANSFER_OUTPUT_URI": str(tmp_path), "TRANSFER_ARMS": "scratch"}
     stop = ended(environment, Moment("begins", "scratch 1"), moments(["scratch 1"]), TERM, before=PID_1)
     assert stop is not None
     assert stop.process.code == 143, stop.process.errors
@@ -155,8 +137,8 @@ def test_a_job_with_pid_1_stops_too(expected: Undisturbed, tmp_path: Path) -> No
     assert not list(tmp_path.rglob("manifest.json"))
 
 
-def test_two_signals_while_tensorflow_is_imported_end_the_job(expected: Undisturbed, tmp_path: Path) -> None:
-    environment = expected.environment | {"TRANSFER_OUTPUT_URI": str(tmp_path), "TRANSFER_ARMS": "scratch"}
+def test_two_signals_while_tensorflow_is_imported_end_the_job(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    environment = undisturbed.environment | {"TRANSFER_OUTPUT_URI": str(tmp_path), "TRANSFER_ARMS": "scratch"}
     with started(environment) as running:
         running.until_signals_are_heeded()
         time.sleep(1.0)
@@ -168,9 +150,9 @@ def test_two_signals_while_tensorflow_is_imported_end_the_job(expected: Undistur
 
 
 @pytest.mark.parametrize("verb", ["plan", "verify"])
-def test_the_other_verbs_stop_too(expected: Undisturbed, tmp_path: Path, verb: str) -> None:
-    arguments = ["plan"] if verb == "plan" else ["verify", str(expected.folder)]
-    environment = expected.environment | {"TRANSFER_OUTPUT_URI": str(tmp_path)}
+def test_the_other_verbs_stop_too(undisturbed: Undisturbed, tmp_path: Path, verb: str) -> None:
+    arguments = ["plan"] if verb == "plan" else ["verify", str(undisturbed.folder)]
+    environment = undisturbed.environment | {"TRANSFER_OUTPUT_URI": str(tmp_path)}
     with started(environment, *arguments) as running:
         running.until_signals_are_heeded()
         running.send(TERM)

@@ -20,10 +20,10 @@ from job.data.duplicates import Found, find
 from job.data.reading import read_splits
 from job.data.rows import Placement, Rows
 from job.machine.replicas import Replicas
-from job.settings.environment import DataSettings
+from job.settings.groups import DataSettings
 from tests.support.group import tf_config
 from tests.support.photos import write_examples
-from tests.support.running import ROOT
+from tests.support.running import ROOT, python
 from tests.support.servers import free_port
 
 SIZE = 48
@@ -230,5 +230,4 @@ with stopping.deferred():
 
 
 def test_a_request_to_stop_ends_the_search() -> None:
-    done = subprocess.run([sys.executable, "-c", STOPPED], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False)
-    assert done.returncode == 128 + signal.SIGTERM
+    python(STOPPED, ends=128 + signal.SIGTERM)

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import http.server
 import importlib.util
 import json
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +16,22 @@ from job.data.decoding import decode_image
 from job.data.reading import read_splits
 from job.data.rows import stratified_subset
 from job.errors import ConfigError, UnavailableError
-from job.settings import environment
-from tests.support.photos import encode_bmp, encode_gif, photo, write_dataset, write_examples, write_features
+from job.settings.environment import load
+from tests.support.photos import (
+    encode_bmp,
+    encode_gif,
+    examples_of,
+    photo,
+    write_dataset,
+    write_examples,
+    write_features,
+)  # fmt: skip
+from tests.support.refusals import refused as refused_for
+from tests.support.running import python
+from tests.support.servers import Handler, serving
 
+SIZES = {"train": 20, "validation": 10, "test": 10}
+WHOLE = {"train_split": "train", "validation_split": "validation", "test_split": "test"}
 SPLITS = {"train_split": "train[:50%]", "validation_split": "train[50%:75%]", "test_split": "train[75%:]"}
 
 
@@ -43,7 +52,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def open_with(dataset: Path | str, **values: Any) -> Source:
     given = {"dataset": str(dataset), **SPLITS, **values}
     environ = {f"TRANSFER_{name.upper()}": str(value) for name, value in given.items()}
-    return open_source(environment.load(environ).data)
+    return open_source(load(environ).data)
 
 
 def refused(dataset: Path | str, **values: Any) -> dict[str, str]:
@@ -120,12 +129,9 @@ def test_a_data_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     assert "tf_flowers" in refused("tf_flowers", data_dir=tmp_path / "file" / "below")["TRANSFER_DATA_DIR"]
 
 
-class _Gone(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
+class _Gone(Handler):
+    def respond(self) -> None:
         self.send_error(403)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        del format, args
 
 
 class ElsewherePhotos(tfds.core.GeneratorBasedBuilder):
@@ -148,16 +154,10 @@ class ElsewherePhotos(tfds.core.GeneratorBasedBuilder):
 def test_a_failed_download_is_unavailable_and_says_how_to_bring_the_data(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Gone) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        ElsewherePhotos.url = f"http://127.0.0.1:{server.server_port}/photos.zip"
-        try:
-            with pytest.raises(UnavailableError, match="TRANSFER_DATA_DIR"):
-                open_with("elsewhere_photos", data_dir=tmp_path)
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(_Gone) as port:
+        ElsewherePhotos.url = f"http://127.0.0.1:{port}/photos.zip"
+        with pytest.raises(UnavailableError, match="TRANSFER_DATA_DIR"):
+            open_with("elsewhere_photos", data_dir=tmp_path)
     assert capfd.readouterr().out == ""
 
 
@@ -221,14 +221,7 @@ def test_overlapping_splits_are_refused_with_both_variables_the_number_and_an_ex
 
 def shared_ids(folder: Path, expressions: dict[str, str], variable: str) -> tuple[str, set[str]]:
     """Read the splits with TFDS, and return which other one has examples of this variable's split, and which."""
-    builder = tfds.builder_from_directory(folder)
-    ids = {}
-    for name, expression in expressions.items():
-        config = tfds.ReadConfig(add_tfds_id=True)
-        dataset = builder.as_dataset(
-            split=expression, read_config=config, decoders={"image": tfds.decode.SkipDecoding()}
-        )
-        ids[f"TRANSFER_{name.upper()}"] = {example["tfds_id"].decode() for example in dataset.as_numpy_iterator()}
+    ids = {f"TRANSFER_{name.upper()}": set(examples_of(folder, split)) for name, split in expressions.items()}
     mine = ids.pop(variable)
     ((other, common),) = ((name, mine & theirs) for name, theirs in ids.items() if mine & theirs)
     return other, common
@@ -373,16 +366,8 @@ def test_rows_equal_a_direct_decode_and_keep_ids_labels_and_digests(photos: Path
     rows = read_splits(source, 8, tmp_path, 0.0, lambda done, total: seen.append((done, total)))
     assert seen == [(done, 40) for done in range(1, 41)]
     assert list(rows) == ["train", "validation", "test"]
-    builder = tfds.builder_from_directory(photos)
     for part, read in rows.items():
-        examples = {
-            example["tfds_id"].decode(): example
-            for example in builder.as_dataset(
-                split=source.splits[part].expression,
-                read_config=tfds.ReadConfig(add_tfds_id=True),
-                decoders={"image": tfds.decode.SkipDecoding()},
-            ).as_numpy_iterator()
-        }
+        examples = examples_of(photos, source.splits[part].expression)
         assert set(read.ids) == set(examples)
         assert len(read) == len(read.labels) == len(read.values) == len(read.digests) == source.splits[part].examples
         assert read.labels.dtype == np.int32
@@ -407,19 +392,17 @@ def test_the_order_is_the_same_in_every_reading(photos: Path, tmp_path: Path) ->
 def test_odd_images_of_a_real_set_are_all_read(tmp_path: Path) -> None:
     examples = [(encoded, index % 2) for index, (encoded, _) in enumerate(LOSSLESS.values())]
     folder = write_examples(tmp_path, "odd", {"train": examples, "validation": examples, "test": examples})
-    source = open_with(folder, train_split="train", validation_split="validation", test_split="test")
+    source = open_with(folder, **WHOLE)
     rows = read_splits(source, 8, tmp_path, 0.0)
     assert [len(read) for read in rows.values()] == [len(LOSSLESS)] * 3
 
 
 def test_undecodable_images_are_left_out_up_to_the_bound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = write_dataset(tmp_path, splits={"train": 20, "validation": 10, "test": 10}, bad=(3, 25))
-    source = open_with(folder, train_split="train", validation_split="validation", test_split="test")
-    clean = write_dataset(tmp_path / "clean", splits={"train": 20, "validation": 10, "test": 10})
+    folder = write_dataset(tmp_path, splits=SIZES, bad=(3, 25))
+    source = open_with(folder, **WHOLE)
+    clean = write_dataset(tmp_path / "clean", splits=SIZES)
     (tmp_path / "good").mkdir()
-    good = read_splits(
-        open_with(clean, train_split="train", validation_split="validation", test_split="test"), 8, tmp_path / "good", 0
-    )
+    good = read_splits(open_with(clean, **WHOLE), 8, tmp_path / "good", 0)
     with caplog.at_level("WARNING"):
         rows = read_splits(source, 8, tmp_path, 2 / 40)
     assert {part: source.splits[part].examples - len(read) for part, read in rows.items()} == {
@@ -439,34 +422,28 @@ def test_undecodable_images_are_left_out_up_to_the_bound(tmp_path: Path, caplog:
 
 
 def test_more_undecodable_images_than_allowed_stop_the_run_with_their_ids(tmp_path: Path) -> None:
-    folder = write_dataset(tmp_path, splits={"train": 20, "validation": 10, "test": 10}, bad=(3, 4, 5, 25))
-    source = open_with(folder, train_split="train", validation_split="validation", test_split="test")
-    with pytest.raises(ConfigError) as caught:
+    folder = write_dataset(tmp_path, splits=SIZES, bad=(3, 4, 5, 25))
+    source = open_with(folder, **WHOLE)
+    with refused_for("TRANSFER_MAX_BAD_IMAGES", "photos-train.tfrecord-0000") as caught:
         read_splits(source, 8, tmp_path, 0.05)
-    (problem,) = caught.value.problems
-    assert problem.variable == "TRANSFER_MAX_BAD_IMAGES"
-    assert problem.message.startswith("3 of the first ")
-    assert "photos-train.tfrecord-0000" in problem.message
+    assert caught.value.problems[0].message.startswith("3 of the first ")
 
 
 def test_a_split_or_a_class_without_a_decodable_image_is_refused(tmp_path: Path) -> None:
     sizes = {"train": 4, "validation": 2, "test": 2}
-    names = {"train_split": "train", "validation_split": "validation", "test_split": "test"}
     for bad, variable in (((4, 5), "TRANSFER_VALIDATION_SPLIT"), ((1, 3), "TRANSFER_TRAIN_SPLIT")):
         folder = write_dataset(tmp_path / variable, splits=sizes, bad=bad)
-        with pytest.raises(ConfigError) as caught:
-            read_splits(open_with(folder, **names), 8, tmp_path, 0.9)
-        assert [problem.variable for problem in caught.value.problems] == [variable]
+        with refused_for(variable):
+            read_splits(open_with(folder, **WHOLE), 8, tmp_path, 0.9)
 
 
 def test_missing_labels_are_refused_with_the_variable_of_their_split(tmp_path: Path) -> None:
     encoded = png(RGB)
     labelled = [(encoded, 0), (encoded, 1)]
     folder = write_examples(tmp_path, "blind", {"train": labelled, "validation": labelled, "test": [(encoded, -1)]})
-    source = open_with(folder, train_split="train", validation_split="validation", test_split="test")
-    with pytest.raises(ConfigError, match="without a label") as caught:
+    source = open_with(folder, **WHOLE)
+    with refused_for("TRANSFER_TEST_SPLIT", "without a label"):
         read_splits(source, 8, tmp_path, 0.0)
-    assert [problem.variable for problem in caught.value.problems] == ["TRANSFER_TEST_SPLIT"]
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.0], ids=["within a record", "empty"])
@@ -567,7 +544,7 @@ try:
 except errors.ConfigError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    done = python(program)
     assert done.stdout.startswith("TRANSFER_DATASET: ")
     assert "pip install '.[demo]'" in done.stdout
     assert not list(tmp_path.rglob("*.tfrecord*"))

@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 from job.data.row_cache import RowCache
 from job.errors import ConfigError
+from tests.support.running import python
 
 NAME = "cats_vs_dogs-train-block_11"
 KEY: dict[str, Any] = {
@@ -53,16 +54,28 @@ def filled(cache: RowCache) -> RowCache:
     return cache
 
 
-def refused(cache: RowCache, caplog: pytest.LogCaptureFixture, key: Mapping[str, Any] = KEY) -> str:
-    """Return why the rows are refused: the end of the one line that says so."""
-    caplog.clear()
-    assert cache.find(NAME, key) is None
-    (record,) = caplog.records
-    assert record.levelno == logging.INFO
-    assert record.name_of_rows == NAME  # type: ignore[attr-defined]
-    start, _, reason = record.getMessage().partition(" since ")
-    assert start == f"{NAME}: made anew,"
+@pytest.fixture
+def refused(cache: RowCache, caplog: pytest.LogCaptureFixture) -> Callable[..., str]:
+    """What returns why rows of a key are refused: the end of the one line that says so."""
+
+    def reason(key: Mapping[str, Any] = KEY) -> str:
+        caplog.clear()
+        assert cache.find(NAME, key) is None
+        (record,) = caplog.records
+        assert record.levelno == logging.INFO
+        assert record.name_of_rows == NAME  # type: ignore[attr-defined]
+        start, _, reason = record.getMessage().partition(" since ")
+        assert start == f"{NAME}: made anew,"
+        return reason
+
     return reason
+
+
+@pytest.fixture
+def file(filled: RowCache, tmp_path: Path) -> Path:
+    """The file of rows that are kept; their description lies beside it."""
+    assert filled
+    return tmp_path / f"rows/{NAME}.npy"
 
 
 def test_where_nothing_is_kept_nothing_is_found_and_nothing_said(
@@ -104,47 +117,46 @@ def test_no_rows_at_all_can_be_kept(cache: RowCache) -> None:
     ],
 )
 def test_rows_of_another_key_are_refused_and_the_difference_named(
-    filled: RowCache, caplog: pytest.LogCaptureFixture, entry: str, value: Any, reason: str
+    filled: RowCache, refused: Callable[..., str], entry: str, value: Any, reason: str
 ) -> None:
-    assert refused(filled, caplog, KEY | {entry: value}) == reason
+    assert refused(KEY | {entry: value}) == reason
     assert filled.find(NAME, KEY) is not None
 
 
-def test_every_difference_is_named(filled: RowCache, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.usefixtures("filled")
+def test_every_difference_is_named(refused: Callable[..., str]) -> None:
     key = {entry: value for entry, value in KEY.items() if entry != "cut"} | {"size": 224}
-    assert refused(filled, caplog, key) == "cut is gone, size changed from 160 to 224"
+    assert refused(key) == "cut is gone, size changed from 160 to 224"
 
 
 def test_a_difference_deep_in_a_long_list_is_named_without_the_list(
-    cache: RowCache, caplog: pytest.LogCaptureFixture
+    cache: RowCache, refused: Callable[..., str]
 ) -> None:
     ids = [f"a__{index}" for index in range(1000)]
     fill(cache, {"ids": ids})
-    assert refused(cache, caplog, {"ids": [*ids[:-1], "b"]}) == "ids changed"
+    assert refused({"ids": [*ids[:-1], "b"]}) == "ids changed"
 
 
-def test_a_file_cut_short_is_refused_with_both_sizes(
-    filled: RowCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        (10_000, "the file is cut short: 10,000 bytes of 1,433,728"),
+        (1_433_729, "the file is too long: 1,433,729 bytes of 1,433,728"),
+    ],
+)
+def test_a_file_cut_short_or_grown_is_refused_with_both_sizes(
+    refused: Callable[..., str], file: Path, size: int, reason: str
 ) -> None:
-    os.truncate(tmp_path / f"rows/{NAME}.npy", 10_000)
-    assert refused(filled, caplog) == "the file is cut short: 10,000 bytes of 1,433,728"
-
-
-def test_a_file_that_grew_is_refused(filled: RowCache, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    os.truncate(tmp_path / f"rows/{NAME}.npy", 1_433_729)
-    assert refused(filled, caplog) == "the file is too long: 1,433,729 bytes of 1,433,728"
+    os.truncate(file, size)
+    assert refused() == reason
 
 
 @pytest.mark.parametrize("position", [128, 700_000, 1_100_000, 1_433_727])
-def test_a_flipped_bit_is_refused(
-    filled: RowCache, tmp_path: Path, caplog: pytest.LogCaptureFixture, position: int
-) -> None:
-    with (tmp_path / f"rows/{NAME}.npy").open("r+b") as file:
-        file.seek(position)
-        (byte,) = file.read(1)
-        file.seek(position)
-        file.write(bytes([byte ^ 1]))
-    assert refused(filled, caplog) == "the file's checksum differs"
+def test_a_flipped_bit_is_refused(refused: Callable[..., str], file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+    assert refused() == "the file's checksum differs"
 
 
 @pytest.mark.parametrize(
@@ -156,11 +168,10 @@ def test_a_flipped_bit_is_refused(
     ],
 )
 def test_a_changed_header_is_refused(
-    filled: RowCache, tmp_path: Path, caplog: pytest.LogCaptureFixture, old: bytes, new: bytes, reason: str
+    refused: Callable[..., str], file: Path, old: bytes, new: bytes, reason: str
 ) -> None:
-    path = tmp_path / f"rows/{NAME}.npy"
-    path.write_bytes(path.read_bytes().replace(old, new, 1))
-    assert refused(filled, caplog).startswith(reason)
+    file.write_bytes(file.read_bytes().replace(old, new, 1))
+    assert refused().startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -173,33 +184,26 @@ def test_a_changed_header_is_refused(
     ],
     ids=lambda content: content[:30].decode(errors="replace"),
 )  # fmt: skip
-def test_a_damaged_description_is_refused(
-    filled: RowCache, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes
-) -> None:
-    (tmp_path / f"rows/{NAME}.json").write_bytes(content)
-    assert refused(filled, caplog) == "their description cannot be read"
+def test_a_damaged_description_is_refused(refused: Callable[..., str], file: Path, content: bytes) -> None:
+    file.with_suffix(".json").write_bytes(content)
+    assert refused() == "their description cannot be read"
 
 
-def test_one_file_without_the_other_is_refused(
-    filled: RowCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    description = tmp_path / f"rows/{NAME}.json"
-    text = description.read_bytes()
-    description.unlink()
-    assert refused(filled, caplog) == "they were not finished: there is no description"
-    description.write_bytes(text)
-    (tmp_path / f"rows/{NAME}.npy").unlink()
-    assert refused(filled, caplog) == "the file is missing"
+def test_one_file_without_the_other_is_refused(refused: Callable[..., str], file: Path) -> None:
+    aside = file.with_suffix(".json").rename(file.with_name("aside"))
+    assert refused() == "they were not finished: there is no description"
+    aside.rename(file.with_suffix(".json"))
+    file.unlink()
+    assert refused() == "the file is missing"
 
 
 def test_new_rows_beside_the_description_of_the_old_are_refused(
-    filled: RowCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    filled: RowCache, refused: Callable[..., str], file: Path
 ) -> None:
-    description = tmp_path / f"rows/{NAME}.json"
-    old = description.read_bytes()
+    old = file.with_suffix(".json").read_bytes()
     fill(filled, KEY | {"weights": "other"}, ROWS + 1)
-    description.write_bytes(old)
-    assert refused(filled, caplog) == "the file's checksum differs"
+    file.with_suffix(".json").write_bytes(old)
+    assert refused() == "the file's checksum differs"
 
 
 def test_rows_in_use_are_read_to_the_end_when_others_take_their_name(filled: RowCache) -> None:
@@ -257,7 +261,7 @@ def test_a_full_disk_is_the_systems_own_error_and_leaves_what_was_there(tmp_path
             with cache.make("rows", {}, (100,), np.uint8, rows) as writer:
                 writer.write(np.zeros((rows, 100), np.uint8))
     """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = python(code, tmp_path, ends=1)
     assert done.stderr.splitlines()[-1] == "OSError: [Errno 27] File too large"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.json", "rows.npy"]
     assert len(RowCache(tmp_path).find("rows", {}) or ()) == 10
@@ -348,8 +352,7 @@ def test_what_is_being_written_and_what_others_own_is_left_alone(cache: RowCache
     assert others.exists()
 
 
-def test_the_description_can_be_read_by_people(filled: RowCache, tmp_path: Path) -> None:
-    assert filled
-    told = json.loads((tmp_path / f"rows/{NAME}.json").read_text())
+def test_the_description_can_be_read_by_people(file: Path) -> None:
+    told = json.loads(file.with_suffix(".json").read_text())
     assert told["key"] == KEY
-    assert told["bytes"] == (tmp_path / f"rows/{NAME}.npy").stat().st_size
+    assert told["bytes"] == file.stat().st_size

@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,19 @@ import pytest
 
 from job.data.row_files import DamagedRowsError, RowFile, RowFileWriter
 from job.errors import UnavailableError
+from tests.support.running import python
 
 ROWS = np.random.default_rng(0).normal(size=(50, 3, 4)).astype(np.float32)
 
 
-def open_files() -> int:
-    gc.collect()  # what other tests of this process left to the collector would be closed in between
-    return len(list(Path("/proc/self/fd").iterdir()))
+def times_open(path: Path) -> int:
+    """Return how many descriptors of this process lead to the file."""
+    gc.collect()
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # that of the listing itself, and whatever another thread closes meanwhile
+            links.append(descriptor.readlink())
+    return links.count(path)
 
 
 @pytest.fixture
@@ -102,21 +107,18 @@ def test_an_open_file_is_read_to_the_end_when_another_takes_its_name(path: Path,
 
 
 def test_the_descriptor_is_closed_when_nobody_holds_the_rows(path: Path) -> None:
-    before = open_files()
     rows = [RowFile.open(path) for _ in range(20)]
-    assert open_files() == before + 20
+    assert times_open(path) == 20
     del rows
-    gc.collect()
-    assert open_files() == before
+    assert times_open(path) == 0
 
 
 def test_no_descriptor_is_left_open_by_a_refused_file(path: Path) -> None:
     os.truncate(path, 500)
-    before = open_files()
     for _ in range(5):
         with pytest.raises(DamagedRowsError):
             RowFile.open(path)
-    assert open_files() == before
+    assert times_open(path) == 0
 
 
 @pytest.mark.parametrize("size", [2527, 2529, 1000, 128])
@@ -173,9 +175,7 @@ def test_reading_a_large_file_row_by_row_takes_no_memory(tmp_path: Path) -> None
     with RowFileWriter(path, (1 << 20,), np.uint8, 200):
         pass
     with path.open("r+b") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "|u1", "fortran_order": False, "shape": (200, 1 << 20)}
-        )  # fmt: skip
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (200, 1 << 20)})
         file.truncate(128 + size)
     # VmHWM, since ru_maxrss of a new process begins with the peak of the one that started it
     code = """if True:
@@ -191,8 +191,7 @@ def test_reading_a_large_file_row_by_row_takes_no_memory(tmp_path: Path) -> None
         rows.crc32c()
         print(total, peak() - before)
     """
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    read, taken = map(int, done.stdout.split())
+    read, taken = map(int, python(code, path).stdout.split())
     assert read == size
     assert taken < size / 10
 
@@ -280,8 +279,6 @@ def test_a_write_that_the_system_refuses_leaves_no_file(tmp_path: Path) -> None:
             for _ in range(200):
                 writer.write_row(np.zeros(100, np.uint8))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "rows.npy")], capture_output=True, text=True, check=False
-    )
+    done = python(code, tmp_path / "rows.npy", ends=1)
     assert done.stderr.splitlines()[-1] == "OSError: [Errno 27] File too large"
     assert not list(tmp_path.iterdir())

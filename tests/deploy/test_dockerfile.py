@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from job import stopping
+from job.settings.environment import load
 from tests.support.running import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -132,8 +133,7 @@ def test_the_user_is_a_number_that_is_not_root() -> None:
 
 
 def test_the_image_sets_only_what_the_job_accepts_and_an_output_that_it_does_not_have() -> None:
-    environment = pairs("ENV")
-    chosen = environment.load(environment)
+    chosen = load(pairs("ENV"))
     assert chosen.output.output_uri == "/output"
     assert chosen.platform.keras_home == "/opt/keras"
     assert not any("/output" in rest for name, rest in last_stage() if name != "ENV")
@@ -309,8 +309,7 @@ def test_the_services_settings_are_the_jobs() -> None:
     service = compose({})["services"]["job"]
     (file,) = service["env_file"]
     lines = [line for line in (FOLDER / file).read_text().splitlines() if line and not line.startswith("#")]
-    environment = pairs("ENV") | dict(line.split("=", 1) for line in lines) | service["environment"]
-    chosen = environment.load(environment)
+    chosen = load(pairs("ENV") | dict(line.split("=", 1) for line in lines) | service["environment"])
     mounted = {volume.rsplit(":", 1)[1] for volume in service["volumes"]}
     assert {chosen.output.output_uri, chosen.runtime.cache_dir} == mounted
     assert service["working_dir"] in mounted  # where a relative TRANSFER_DATA_DIR lies

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
-import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,6 +17,7 @@ import yaml
 from job.settings.environment import load
 from tests.support.real import read_env_file
 from tests.support.running import ROOT
+from tests.support.servers import Handler, serving
 
 FOLDER = ROOT / "deploy" / "env"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.env"))
@@ -65,72 +65,49 @@ def as_a_shell_reads(path: Path) -> dict[str, str]:
     return {name: value for name, value in pairs.items() if name not in ("PATH", "HOME", "PWD", "_", "SHLVL", "OLDPWD")}
 
 
+def kustomized(folder: Path) -> list[dict[str, Any]]:
+    """Return the objects that ``kubectl kustomize`` makes of a folder."""
+    command = ["kubectl", "kustomize", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return [each for each in yaml.safe_load_all(done.stdout) if each]
+
+
 def as_kustomize_reads(path: Path) -> dict[str, str]:
-    built = subprocess.run(
-        ["kubectl", "kustomize", str(path.parent)],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=True,
-    )
     found = [
         data["data"]
-        for data in yaml.safe_load_all(built.stdout)
+        for data in kustomized(path.parent)
         if re.fullmatch(rf"preset-{path.stem}-[a-z0-9]{{10}}", data["metadata"]["name"])
     ]
     assert len(found) == 1, f"deploy/env/kustomization.yaml makes no ConfigMap preset-{path.stem}"
     return dict(found[0])
 
 
-class Engine(http.server.BaseHTTPRequestHandler):
+class Engine(Handler):
     """As much of a Docker engine as `docker create` talks to: it keeps the environment that it is sent."""
 
     received: list[list[str]]
 
-    def do_HEAD(self) -> None:
-        self.answer(200, {})
-
-    def do_GET(self) -> None:
-        self.answer(200, {"ApiVersion": "1.43"})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.received.append(body["Env"])
-        self.answer(201, {"Id": "0" * 64, "Warnings": []})
-
-    def answer(self, status: int, body: dict[str, object]) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Api-Version", "1.43")
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        pass
+    def respond(self) -> None:
+        if self.command == "POST":
+            self.received.append(json.loads(self.content())["Env"])
+            self.answer_json(201, {"Id": "0" * 64, "Warnings": []}, Api_Version="1.43")
+        else:
+            self.answer_json(200, {"ApiVersion": "1.43"}, Api_Version="1.43")
 
 
 def as_docker_reads(path: Path, folder: Path) -> dict[str, str]:
     received: list[list[str]] = []
     handler = type("Listening", (Engine,), {"received": received})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as engine:
-        thread = threading.Thread(target=engine.serve_forever)
-        thread.start()
-        try:
-            subprocess.run(
-                ["docker", "create", "--env-file", str(path), "image"],  # noqa: S607
-                env={
-                    "PATH": os.environ["PATH"],
-                    "DOCKER_HOST": f"tcp://127.0.0.1:{engine.server_port}",
-                    "DOCKER_CONFIG": str(folder),
-                },
-                capture_output=True,
-                check=True,
-            )
-        finally:
-            engine.shutdown()
-            thread.join()
+    with serving(handler) as port:
+        host = f"tcp://127.0.0.1:{port}"
+        subprocess.run(
+            ["docker", "create", "--env-file", str(path), "image"],  # noqa: S607
+            env={"PATH": os.environ["PATH"], "DOCKER_HOST": host, "DOCKER_CONFIG": str(folder)},
+            capture_output=True,
+            check=True,
+        )
     (environment,) = received
     return dict(entry.split("=", 1) for entry in environment)
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from job.settings import environment
+from job.settings.environment import variables_markdown
 from tests.support.running import ROOT
 
 pytestmark = pytest.mark.slow
@@ -84,6 +84,13 @@ def run(image: str, *arguments: str, flags: list[str] | None = None, **variables
     return done.returncode, done.stdout + done.stderr
 
 
+def seen_inside(image: str, look: str) -> Any:
+    """Return the JSON that Python code prints in the image."""
+    code, text = run(image, "-c", look, flags=["--entrypoint", "python"])
+    assert code == 0, text
+    return json.loads(text)
+
+
 @contextmanager
 def started(image: str, flags: list[str]) -> Iterator[str]:
     """The name of a running container, which is removed at the end."""
@@ -115,9 +122,7 @@ def test_the_container_has_no_rights_no_network_and_no_name(image: str) -> None:
         "    'networks': os.listdir('/sys/class/net'), 'writable': [f for f in ('/', '/opt/keras', '/cache', '/tmp')\n"
         "    if os.access(f, os.W_OK)], 'home': os.path.expanduser('~')}))"
     )
-    code, text = run(image, "-c", look, flags=["--entrypoint", "python"])
-    assert code == 0, text
-    assert json.loads(text) == {
+    assert seen_inside(image, look) == {
         "user": USER,
         "rights": ["", ""],
         "networks": ["lo"],
@@ -174,7 +179,7 @@ def test_a_wrong_setting_is_refused_and_env_prints_the_table(image: str) -> None
     code, text = run(image, TRANSFER_EPOCHS="many")
     assert code == 78
     assert "TRANSFER_EPOCHS: received 'many'" in text
-    assert run(image, "env") == (0, environment.variables_markdown())
+    assert run(image, "env") == (0, variables_markdown())
 
 
 def test_the_image_says_what_it_is(image: str) -> None:
@@ -200,10 +205,8 @@ def test_the_image_holds_no_installer_no_source_tree_and_every_package_that_the_
         "gone = {n for n in gone if re.sub('[-_.]+', '-', n).lower() not in have}\n"
         "print(json.dumps([sorted(gone), 'pip' in have]))"
     )
-    code, text = run(image, "-c", look, flags=["--entrypoint", "python"])
-    assert code == 0, text
     # tensorflow-cpu is in its place
-    assert json.loads(text) == [["tensorflow"], False]
+    assert seen_inside(image, look) == [["tensorflow"], False]
 
 
 @pytest.mark.parametrize(("name", "value", "accepted"), [("DEVICE", "tpu", "gpu, cpu"), ("EXTRAS", "dev", "demo")])

@@ -26,7 +26,7 @@ from job.errors import ConfigError, Stopped, UnavailableError
 from job.machine.console import JsonFormatter
 from job.settings.environment import load
 from job.stopping import GRACE_SECONDS
-from tests.deploy.test_env_files import secrets_in
+from tests.deploy.test_env_files import kustomized, secrets_in
 from tests.support.running import ROOT
 
 FOLDER = ROOT / "deploy" / "kubernetes"
@@ -109,15 +109,7 @@ def build(folder: Path) -> Rendered:
     """Return what ``kubectl apply --kustomize`` would submit; without a flag, as the README says."""
     if shutil.which("kubectl") is None:
         pytest.skip("no manifest can be built: install kubectl 1.29 or later")
-    done = subprocess.run(
-        ["kubectl", "kustomize", str(folder)],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    return Rendered([each for each in yaml.safe_load_all(done.stdout) if each])
+    return Rendered(kustomized(folder))
 
 
 @functools.cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import re
@@ -10,8 +9,8 @@ import runpy
 import shlex
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -23,6 +22,7 @@ from job.settings import cluster
 from job.settings.environment import load
 from tests.support.real import read_env_file
 from tests.support.running import ROOT
+from tests.support.servers import Handler, serving
 
 FOLDER = ROOT / "deploy" / "vertex"
 SPECS = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -285,16 +285,11 @@ def gcloud_commands() -> list[list[str]]:
 
 
 def bash(command: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run what the README gives, in the repository's root; ``environment`` None: in our own."""
-    return subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command],  # noqa: S607
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+    """Run what the README gives, in the repository's root, which must succeed; ``environment`` None: in our own."""
+    words = ["bash", "-euo", "pipefail", "-c", command]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def sdk() -> Path:
@@ -348,7 +343,6 @@ def test_the_awk_of_the_readme_prints_what_the_specs_hold() -> None:
     command = block_with("awk").strip()
     for name in SPECS:
         done = bash(command.replace("article.env", f"{preset_of(name)}.env"))
-        assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("          - name: TRANSFER_DATASET\n")
         assert f"\n{done.stdout}" in text_of(name)
 
@@ -372,36 +366,25 @@ def test_the_image_is_named_as_everywhere_with_the_version_of_the_project() -> N
     assert re.findall(r"transfer-learning-job:([\w.]+)", README) == version * 2
 
 
-class Vertex(http.server.HTTPServer):
-    """Takes custom jobs as Vertex AI does, and keeps them with the path they were sent to."""
+@contextmanager
+def vertex() -> Iterator[tuple[int, list[tuple[str, dict[str, Any]]]]]:
+    """Take custom jobs as Vertex AI does; yield the port, and the jobs with the path that they were sent to."""
+    jobs: list[tuple[str, dict[str, Any]]] = []
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.jobs: list[tuple[str, dict[str, Any]]] = []
+    class Front(Handler):
+        def respond(self) -> None:
+            job = json.loads(self.content())
+            jobs.append((self.path, job))
+            self.answer_json(200, job | {"name": "projects/1/locations/us-central1/customJobs/7"})
 
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Vertex
-
-    def do_POST(self) -> None:
-        job = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.jobs.append((self.path, job))
-        answer = json.dumps(job | {"name": "projects/1/locations/us-central1/customJobs/7"}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing: standard error is the test's."""
+    with serving(Front) as port:
+        yield port, jobs
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_the_readmes_sed_gives_gcloud_the_job_spec_and_nothing_else(name: str) -> None:
     command, _ = block_with("custom-jobs create").replace("SPEC=one-gpu", f"SPEC={name}").split("|\n  gcloud")
     done = bash(command, USER | {"PATH": os.environ["PATH"]})
-    assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout) == spec_of(name)
 
 
@@ -410,8 +393,7 @@ def test_the_readmes_command_submits_all_of_a_spec(name: str, tmp_path: Path) ->
     sdk()
     command = block_with("custom-jobs create").replace("SPEC=one-gpu", f"SPEC={name}")
     (tmp_path / "token").write_text("none")
-    with Vertex() as vertex:
-        threading.Thread(target=vertex.serve_forever, daemon=True).start()
+    with vertex() as (port, jobs):
         environment = USER | {
             "PATH": os.environ["PATH"],
             "HOME": str(tmp_path),
@@ -422,14 +404,10 @@ def test_the_readmes_command_submits_all_of_a_spec(name: str, tmp_path: Path) ->
             "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "1",
             "CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK": "1",
             "CLOUDSDK_AUTH_ACCESS_TOKEN_FILE": str(tmp_path / "token"),
-            "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": f"http://127.0.0.1:{vertex.server_port}/",
+            "CLOUDSDK_API_ENDPOINT_OVERRIDES_AIPLATFORM": f"http://127.0.0.1:{port}/",
         }
-        try:
-            done = bash(command, environment)
-        finally:
-            vertex.shutdown()
-    assert done.returncode == 0, done.stderr
-    ((path, job),) = vertex.jobs
+        bash(command, environment)
+    ((path, job),) = jobs
     assert path.startswith("/v1/projects/project/locations/us-central1/customJobs")
     # nothing dropped, nothing added: gcloud ignores what it does not know
     assert parse(job) == parse(job_of(name))

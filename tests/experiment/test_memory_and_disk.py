@@ -16,9 +16,10 @@ from job.experiment.disk import Space, disk_needed, disk_problems, files_in_memo
 from job.experiment.memory import Memory, memory_needed
 from job.machine.limits import gigabytes
 from job.models.backbones import build
-from job.settings.environment import TrainingSettings
+from job.settings.groups import TrainingSettings
 from job.training.stages import phases_of
-from tests.support.running import run_job
+from tests.support.refusals import assert_told
+from tests.support.running import completed
 
 GB = 10**9
 SIZE = 8
@@ -103,11 +104,8 @@ def test_enough_memory_is_no_problem() -> None:
 
 
 def test_the_largest_batch_that_fits_is_named() -> None:
-    problem = replace(NEEDS, limit=5 * GB).problem()
-    assert problem is not None
-    assert problem.variable == "TRANSFER_BATCH_SIZE"
-    assert "needs about 8.00 GB of memory, and 5.00 GB may be used" in problem.message
-    assert "Give at most 50" in problem.message
+    said = "needs about 8.00 GB of memory, and 5.00 GB may be used", "Give at most 50"
+    assert_told(replace(NEEDS, limit=5 * GB).problem(), "TRANSFER_BATCH_SIZE", *said)
     assert replace(NEEDS, limit=5 * GB, batch=50).problem() is None
 
 
@@ -116,10 +114,7 @@ def test_the_largest_batch_that_fits_is_named() -> None:
     [(3.5 * GB, "TRANSFER_IMAGE_SIZE"), (1.5 * GB, "TRANSFER_BACKBONE")],
 )
 def test_where_no_batch_fits_images_or_network_are_named(limit: float, variable: str) -> None:
-    problem = replace(NEEDS, limit=int(limit)).problem()
-    assert problem is not None
-    assert problem.variable == variable
-    assert f"{limit / GB:.2f} GB may be used" in problem.message
+    assert_told(replace(NEEDS, limit=int(limit)).problem(), variable, f"{limit / GB:.2f} GB may be used")
 
 
 # of the kernel, a tmpfs on every usual Linux
@@ -133,35 +128,29 @@ def test_files_in_memory_are_part_of_what_is_needed_with_those_that_are_there_al
 
 
 def test_files_in_memory_that_do_not_fit_are_told_with_where_to_put_them() -> None:
-    problem = replace(NEEDS, files=(MODELS, PIXELS), limit=10 * GB).problem()
-    assert problem is not None
-    assert problem.variable == "TRANSFER_CACHE_DIR"
-    assert "needs about 11.0 GB of memory, and 10.0 GB may be used" in problem.message
-    assert "3.00 GB for files on a file system in memory" in problem.message
-    assert "1.00 GB for models in /output, 2.00 GB for decoded images in /scratch" in problem.message
-    assert "Give a folder on a disk" in problem.message
+    assert_told(
+        replace(NEEDS, files=(MODELS, PIXELS), limit=10 * GB).problem(),
+        "TRANSFER_CACHE_DIR",
+        "needs about 11.0 GB of memory, and 10.0 GB may be used",
+        "3.00 GB for files on a file system in memory",
+        "1.00 GB for models in /output, 2.00 GB for decoded images in /scratch",
+        "Give a folder on a disk",
+    )
 
 
 def test_of_several_places_in_memory_the_variable_that_chose_most_of_it_is_named() -> None:
     parts = tuple(replace(PIXELS, needed=400_000_000, what=what) for what in ("decoded images", "a model", "rows"))
-    problem = replace(NEEDS, files=(MODELS, *parts), limit=9 * GB).problem()
-    assert problem is not None
-    assert problem.variable == "TRANSFER_CACHE_DIR"
+    assert_told(replace(NEEDS, files=(MODELS, *parts), limit=9 * GB).problem(), "TRANSFER_CACHE_DIR")
 
 
 def test_where_the_batch_must_shrink_anyway_files_in_memory_leave_less_for_it() -> None:
-    problem = replace(NEEDS, files=(PIXELS,), limit=7 * GB).problem()
-    assert problem is not None
-    assert problem.variable == "TRANSFER_BATCH_SIZE"
-    assert "2.00 GB for decoded images in /scratch" in problem.message
-    assert "Give at most 50" in problem.message
+    said = "2.00 GB for decoded images in /scratch", "Give at most 50"
+    assert_told(replace(NEEDS, files=(PIXELS,), limit=7 * GB).problem(), "TRANSFER_BATCH_SIZE", *said)
     assert replace(NEEDS, files=(PIXELS,), limit=7 * GB, batch=50).problem() is None
 
 
 def test_where_no_batch_fits_beside_files_in_memory_these_are_named() -> None:
-    problem = replace(NEEDS, files=(PIXELS,), limit=5 * GB).problem()
-    assert problem is not None
-    assert problem.variable == "TRANSFER_CACHE_DIR"
+    assert_told(replace(NEEDS, files=(PIXELS,), limit=5 * GB).problem(), "TRANSFER_CACHE_DIR")
 
 
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason=f"there is no {SHARED_MEMORY}: mount a tmpfs there")
@@ -175,8 +164,7 @@ def test_places_in_memory_are_told_from_those_on_a_disk() -> None:
 def test_plan_counts_scratch_space_in_memory_as_memory(small: dict[str, str], tmp_path: Path) -> None:
     changes = {"TRANSFER_ARMS": "frozen", "TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
     with TemporaryDirectory(dir=SHARED_MEMORY) as scratch:
-        done = run_job(small | changes | {"TRANSFER_CACHE_DIR": scratch, "TRANSFER_LOG_FORMAT": "text"}, "plan")
-    assert done.code == 0, done.errors
+        done = completed(small | changes | {"TRANSFER_CACHE_DIR": scratch, "TRANSFER_LOG_FORMAT": "text"}, "plan")
     assert "of it for files in memory (tmpfs)" in done.errors
 
 
@@ -197,10 +185,8 @@ def test_too_little_disk_is_told_with_what_takes_most_of_it(tmp_path: Path) -> N
         Space("TRANSFER_CACHE_DIR", tmp_path, 10**18, "decoded images"),
     ]
     (problem,) = disk_problems(places)
-    assert problem.variable == "TRANSFER_CACHE_DIR"
-    assert "1,000,000,001.0 GB" in problem.message
-    assert f"{gigabytes(10**18)} for decoded images" in problem.message
-    assert str(tmp_path) in problem.message
+    images = f"{gigabytes(10**18)} for decoded images"
+    assert_told(problem, "TRANSFER_CACHE_DIR", "1,000,000,001.0 GB", images, str(tmp_path))
 
 
 def test_rows_of_an_earlier_run_are_found_by_what_decides_them(tmp_path: Path) -> None:

@@ -10,15 +10,24 @@ import pytest
 from job.arms import ARMS
 from job.errors import ConfigError
 from job.experiment.estimate import duration
-from tests.support.running import Finished, Published, run_job
+from tests.support.running import Published, completed, run_job
 
 ARM_NAMES = list(ARMS)
 
 
-def found(process: Finished) -> dict[str, Any]:
-    assert process.code == 0, process.errors
-    (line,) = (line for line in process.lines if "fingerprint" in line and "message" not in line)
+def found(environment: dict[str, str]) -> dict[str, Any]:
+    lines = completed(environment, "plan").lines
+    (line,) = (line for line in lines if "fingerprint" in line and "message" not in line)
     return line
+
+
+def refusal(environment: dict[str, str], verb: str, variable: str) -> str:
+    """Return the one error of a command that is refused for the variable."""
+    done = run_job(environment, verb)
+    assert done.code == ConfigError.exit_code, done.errors
+    (problem,) = (line for line in done.lines if line["severity"] == "ERROR")
+    assert problem["variable"] == variable
+    return str(problem["message"])
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +35,7 @@ def planned(small: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
     """What the command says of the small comparison at two fractions, and the folder that it was to write to."""
     output = tmp_path_factory.mktemp("plan") / "output"
     changes = {"TRANSFER_OUTPUT_URI": str(output), "TRANSFER_COST_PER_HOUR": "3600"}
-    return found(run_job(small | changes | {"TRANSFER_TRAIN_FRACTIONS": "0.5,1.0"}, "plan")), output
+    return found(small | changes | {"TRANSFER_TRAIN_FRACTIONS": "0.5,1.0"}), output
 
 
 def test_it_counts_what_a_run_would_do(planned: tuple[dict[str, Any], Path]) -> None:
@@ -70,8 +79,7 @@ def test_people_get_a_table(small: dict[str, str], tmp_path: Path) -> None:
     changes = {"TRANSFER_LOG_FORMAT": "text", "TRANSFER_ARMS": "frozen", "TRANSFER_OUTPUT_URI": str(tmp_path / "out")}
     # the platform's place is not used where one is asked for
     changes |= {"AIP_CHECKPOINT_DIR": str(tmp_path / "vertex"), "TRANSFER_CHECKPOINT_URI": str(tmp_path / "mine")}
-    done = run_job(small | changes, "plan")
-    assert done.code == 0, done.errors
+    done = completed(small | changes, "plan")
     for told in (
         "72 train, 24 validation, 24 test", "matrix product and convolution computed", "time in all",
         f"{tmp_path / 'mine'}/pets-MobileNet-",
@@ -83,7 +91,7 @@ def test_people_get_a_table(small: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_a_published_run_would_take_no_time(small: dict[str, str], published: Published) -> None:
-    plan = found(run_job(small | {"TRANSFER_OUTPUT_URI": str(published.folder.parent)}, "plan"))
+    plan = found(small | {"TRANSFER_OUTPUT_URI": str(published.folder.parent)})
     assert plan["run_id"] == published.manifest["run_id"]
     assert plan["published"] is True
     assert plan["seconds"] == {"total": 0.0}
@@ -101,10 +109,10 @@ def test_another_experiment_under_the_same_id_is_refused(small: dict[str, str], 
 def test_rows_that_are_kept_are_counted_on_and_left_alone(tiny: dict[str, str], tmp_path: Path) -> None:
     changes = {"TRANSFER_ARMS": "frozen", "TRANSFER_CACHE_DIR": str(tmp_path / "cache")}
     changes |= {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
-    assert run_job(tiny | changes).code == 0
+    completed(tiny | changes)
     before = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "features").iterdir()}
     assert len(before) == 6
-    plan = found(run_job(tiny | changes | {"TRANSFER_EPOCHS": "3"}, "plan"))
+    plan = found(tiny | changes | {"TRANSFER_EPOCHS": "3"})
     assert plan["seconds"]["features"] == 0.0
     assert {path.name: path.read_bytes() for path in (tmp_path / "cache" / "features").iterdir()} == before
 
@@ -114,11 +122,8 @@ def test_images_that_fill_the_memory_are_refused_before_anything_is_built(
     small: dict[str, str], tmp_path: Path, verb: str
 ) -> None:
     changes = {"TRANSFER_IMAGE_SIZE": "4096", "TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
-    done = run_job(small | changes | {"TRANSFER_BACKBONE": "VGG16", "TRANSFER_FINE_TUNE_FROM": "block5_conv1"}, verb)
-    assert done.code == ConfigError.exit_code, done.errors
-    (problem,) = (line for line in done.lines if line["severity"] == "ERROR")
-    assert problem["variable"] == "TRANSFER_IMAGE_SIZE"
-    assert "GB of memory, and " in problem["message"]
+    changes |= {"TRANSFER_BACKBONE": "VGG16", "TRANSFER_FINE_TUNE_FROM": "block5_conv1"}
+    assert "GB of memory, and " in refusal(small | changes, verb, "TRANSFER_IMAGE_SIZE")
 
 
 @pytest.mark.parametrize(
@@ -128,13 +133,8 @@ def test_a_place_for_checkpoints_that_cannot_be_written_is_refused_by_name(
     small: dict[str, str], tmp_path: Path, variable: str
 ) -> None:
     (tmp_path / "file").write_text("")
-    done = run_job(
-        small | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output"), variable: str(tmp_path / "file" / "below")}, "plan"
-    )
-    assert done.code == ConfigError.exit_code, done.errors
-    (problem,) = (line for line in done.lines if line["severity"] == "ERROR")
-    assert problem["variable"] == variable
-    assert "file/below" in problem["message"]
+    changes = {"TRANSFER_OUTPUT_URI": str(tmp_path / "output"), variable: str(tmp_path / "file" / "below")}
+    assert "file/below" in refusal(small | changes, "plan", variable)
 
 
 @pytest.mark.parametrize(

@@ -5,25 +5,35 @@ from __future__ import annotations
 import csv
 import html
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.running import CLASSES, ROOT, Published, run_job
-from tests.support.servers import GATEWAY, GOOGLE, faulty_proxy, gcs_gateway, gcs_server
+from tests.support.kills import started, variables_of
+from tests.support.running import CLASSES, ROOT, Published, completed, published_by, run_job
+from tests.support.servers import GATEWAY, GOOGLE, faulty_proxy, gcs_gateway, gcs_server, stored
 
 ARMS = ["scratch", "frozen", "fine_tune"]
+# of predictions.csv: example, label and probabilities
+Row = tuple[str, int, list[float]]
 
 
 def by_arm(published: Published) -> dict[str, dict[str, Any]]:
     return {result["arm"]: result for result in published.manifest["results"]}
+
+
+def predictions_of(published: Published) -> Iterator[tuple[dict[str, Any], tuple[list[str], list[Row]]]]:
+    """Yield each result with the header and the rows of its ``predictions.csv``."""
+    for result in published.manifest["results"]:
+        path = published.folder / Path(result["saved_model"]).parent / "predictions.csv"
+        with path.open(newline="") as file:
+            header, *rows = csv.reader(file)
+        yield result, (header, [(row[0], int(row[1]), [float(value) for value in row[2:]]) for row in rows])
 
 
 def test_every_log_line_is_json_with_severity_message_and_time(published: Published) -> None:
@@ -56,10 +66,7 @@ def test_the_report_answers_first_and_shows_the_photos_that_each_arm_got_wrong(p
 
 
 def test_what_a_model_got_most_wrong_is_what_its_predictions_say(published: Published) -> None:
-    for result in published.manifest["results"]:
-        path = published.folder / Path(result["saved_model"]).parent / "predictions.csv"
-        with path.open(newline="") as file:
-            rows = [(row[0], int(row[1]), [float(value) for value in row[2:]]) for row in list(csv.reader(file))[1:]]
+    for result, (_, rows) in predictions_of(published):
         wrong = [row for row in rows if max(row[2]) != row[2][row[1]]]
         wrong.sort(key=lambda row: row[2][row[1]])
         told = [(one["example_id"], one["label"], one["label_probability"]) for one in result["most_wrong"]]
@@ -106,14 +113,10 @@ def test_only_the_arm_whose_batch_norm_trains_reports_it(published: Published) -
 
 
 def test_predictions_are_those_behind_the_metrics(published: Published) -> None:
-    for result in published.manifest["results"]:
-        path = published.folder / Path(result["saved_model"]).parent / "predictions.csv"
-        with path.open(newline="") as file:
-            header, *rows = csv.reader(file)
+    for result, (header, rows) in predictions_of(published):
         assert header == ["example_id", "label", *(f"probability_{name}" for name in CLASSES)]
-        probabilities = [[float(value) for value in row[2:]] for row in rows]
-        assert all(abs(sum(row) - 1) < 1e-5 for row in probabilities)
-        hits = sum(row.index(max(row)) == int(label) for row, (_, label, *_) in zip(probabilities, rows, strict=True))
+        assert all(abs(sum(probabilities) - 1) < 1e-5 for _, _, probabilities in rows)
+        hits = sum(probabilities.index(max(probabilities)) == label for _, label, probabilities in rows)
         assert hits / len(rows) == result["metrics"]["test"]["accuracy"]
         assert len({row[0] for row in rows}) == len(rows) == 24
 
@@ -138,8 +141,7 @@ def test_verify_accepts_the_run_and_finds_a_changed_byte(published: Published, t
 
 def test_a_repeat_of_a_finished_run_verifies_it_and_trains_nothing(published: Published, small: dict[str, str]) -> None:
     before = (published.folder / "manifest.json").read_bytes()
-    again = run_job(small | {"TRANSFER_OUTPUT_URI": str(published.folder.parent), "TRANSFER_COST_PER_HOUR": "1"})
-    assert again.code == 0, again.errors
+    again = completed(small | {"TRANSFER_OUTPUT_URI": str(published.folder.parent), "TRANSFER_COST_PER_HOUR": "1"})
     assert not [line for line in again.lines if "epoch" in line]
     assert (published.folder / "manifest.json").read_bytes() == before
 
@@ -159,33 +161,19 @@ def test_results_are_bit_identical_without_the_cache_and_in_another_order(
     published: Published, small: dict[str, str], tmp_path: Path
 ) -> None:
     changes = {"TRANSFER_FEATURE_CACHE": "off", "TRANSFER_ARMS": "fine_tune,frozen", "TRANSFER_RUN_ID": "uncached"}
-    done = run_job(small | changes | {"TRANSFER_OUTPUT_URI": str(tmp_path)})
-    assert done.code == 0, done.errors
+    other = published_by(small | changes, tmp_path)
     for arm in ("fine_tune", "frozen"):
-        where = f"arms/{arm}/fraction-1/seed-0"
-        predictions = [folder / where / "predictions.csv" for folder in (tmp_path / "uncached", published.folder)]
+        places = [run.folder / f"arms/{arm}/fraction-1/seed-0" for run in (other, published)]
+        predictions = [place / "predictions.csv" for place in places]
         assert predictions[0].read_bytes() == predictions[1].read_bytes(), arm
-        models = [folder / where / "saved_model" for folder in (tmp_path / "uncached", published.folder)]
-        uncached, cached = (variables_of(model) for model in models)
+        uncached, cached = (variables_of(place / "saved_model") for place in places)
         assert uncached.keys() == cached.keys()
+        assert len(cached) > 100
         for name, value in uncached.items():
             np.testing.assert_array_equal(value, cached[name], err_msg=f"{arm}: {name}")
-    manifest = json.loads((tmp_path / "uncached" / "manifest.json").read_text())
-    assert {result["arm"]: result["rows"]["kept"] for result in manifest["results"]} == {
-        "fine_tune": "no",
-        "frozen": "no",
-    }
-    assert not any("features of" in line["message"] for line in done.lines)
-
-
-def variables_of(saved_model: Path) -> dict[str, Any]:
-    """Return every number of a SavedModel under its name there."""
-    import tensorflow as tf
-
-    reader = tf.train.load_checkpoint(str(saved_model / "variables" / "variables"))
-    names = [name for name in reader.get_variable_to_shape_map() if name.endswith("VARIABLE_VALUE")]
-    assert len(names) > 100
-    return {name: reader.get_tensor(name) for name in names}
+    assert other.folder.name == "uncached"
+    assert {arm: result["rows"]["kept"] for arm, result in by_arm(other).items()} == {"fine_tune": "no", "frozen": "no"}
+    assert not any("features of" in line["message"] for line in other.process.lines)
 
 
 def test_the_manifest_says_what_was_read_in_each_epoch(published: Published) -> None:
@@ -230,69 +218,46 @@ def test_from_bucket_to_bucket_gives_the_same_manifest(
         faulty_proxy(server) as proxy,
         gcs_gateway(server, tmp_path) as gateway,
     ):
-        environment = (
-            small
-            | gateway
-            | {
-                "STORAGE_EMULATOR_HOST": proxy.url,
-                "TRANSFER_DATASET": "gs://data/tfds/pets/1.0.0",
-                "TRANSFER_WEIGHTS": "gs://data/mobilenet.weights.h5",
-                "TRANSFER_OUTPUT_URI": "gs://results/some/prefix",
-                "AIP_MODEL_DIR": "gs://models/best",
-                "AIP_TENSORBOARD_LOG_DIR": "gs://models/logs",
-            }
-        )
-        done = run_job(environment)
-        assert done.code == 0, done.errors
+        changes = {
+            "STORAGE_EMULATOR_HOST": proxy.url,
+            "TRANSFER_DATASET": "gs://data/tfds/pets/1.0.0",
+            "TRANSFER_WEIGHTS": "gs://data/mobilenet.weights.h5",
+            "TRANSFER_OUTPUT_URI": "gs://results/some/prefix",
+            "AIP_MODEL_DIR": "gs://models/best",
+            "AIP_TENSORBOARD_LOG_DIR": "gs://models/logs",
+        }
+        completed(small | gateway | changes)
         run_id = published.manifest["run_id"]
-        verified = run_job({"STORAGE_EMULATOR_HOST": proxy.url}, "verify", f"gs://results/some/prefix/{run_id}")
-        assert verified.code == 0, verified.errors
-        fetched = json.loads(_fetch(server, "results", f"some/prefix/{run_id}/manifest.json"))
-        assert _fetch(server, "models", "best/saved_model.pb")
+        completed({"STORAGE_EMULATOR_HOST": proxy.url}, "verify", f"gs://results/some/prefix/{run_id}")
+        fetched = json.loads(stored(server, "results", f"some/prefix/{run_id}/manifest.json"))
+        assert stored(server, "models", "best/saved_model.pb")
         watched = f"logs/{run_id}/fine_tune/fraction-1/seed-0/events.out.tfevents.0.result"
-        assert b"test/accuracy" in _fetch(server, "models", watched)
+        assert b"test/accuracy" in stored(server, "models", watched)
     assert comparable(fetched) == comparable(published.manifest)
-    predictions = [a["sha256"] for a in fetched["artifacts"] if a["path"].endswith("predictions.csv")]
-    assert predictions == [
-        a["sha256"] for a in published.manifest["artifacts"] if a["path"].endswith("predictions.csv")
-    ]
-
-
-def _fetch(server: str, bucket: str, name: str) -> bytes:
-    from urllib.parse import quote
-    from urllib.request import urlopen
-
-    with urlopen(f"{server}/storage/v1/b/{bucket}/o/{quote(name, safe='')}?alt=media") as answer:  # noqa: S310
-        return bytes(answer.read())
+    ours, theirs = (
+        [each["sha256"] for each in manifest["artifacts"] if each["path"].endswith("predictions.csv")]
+        for manifest in (published.manifest, fetched)
+    )
+    assert ours == theirs
 
 
 def test_sigterm_ends_the_run_with_143_and_publishes_nothing(small: dict[str, str], tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFER_")}
-    environment |= small | {
-        "TRANSFER_OUTPUT_URI": str(tmp_path / "output"),
-        "TRANSFER_CACHE_DIR": str(tmp_path / "scratch"),
-    }
-    command = [sys.executable, "-m", "job"]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "scratch: fraction" in line:
-                process.send_signal(signal.SIGTERM)
-                break
-        rest = process.stdout.read()
-    assert process.returncode == 143
-    assert "asked to stop" in rest
+    places = {"TRANSFER_OUTPUT_URI": str(tmp_path / "output"), "TRANSFER_CACHE_DIR": str(tmp_path / "scratch")}
+    with started(small | places) as running:
+        assert running.until("scratch: fraction")
+        running.send(signal.SIGTERM)
+        process = running.end()
+    assert process.code == 143
+    assert "asked to stop" in process.text
     assert not list((tmp_path / "output").rglob("manifest.json"))
     # rows of frozen layers are kept for the next run, the workspace is not
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["features"]
 
 
-def test_env_prints_the_table_of_the_readme() -> None:
-    done = subprocess.run([sys.executable, "-m", "job", "env"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "TRANSFER_DATASET" in done.stdout
-    assert done.stdout.strip() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_env_prints_the_table_of_the_page_of_settings() -> None:
+    printed = completed({}, "env").errors
+    assert "TRANSFER_DATASET" in printed
+    assert printed.strip() in (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 
 
 def test_an_unknown_verb_is_answered_with_the_usage() -> None:

@@ -6,9 +6,6 @@ import gc
 import json
 import logging
 import os
-import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ from typing import Any
 import pytest
 
 from job.machine.energy import Meter
-from tests.support.running import ROOT
+from tests.support.running import compile_driver, python
 
 # As in CUDA's cuda.h: the GPUs that this process may see, in CUDA's own order.
 CUDA = """
@@ -63,23 +60,12 @@ GOOD: dict[str, Any] = {"INIT": 0, "MIG": 0, "LIMIT": 1000, "PLACES": ["0000:02:
 
 def ask(folder: Path, *libraries: str, **faults: Any) -> tuple[list[str], list[float | None], str]:
     """Return the devices, two readings and the log of a process that has these of the driver's libraries."""
-    compiler = shutil.which("cc") or pytest.skip("no C compiler for the driver: install gcc")
     defined = GOOD | faults
     defined["PLACES"] = ",".join(f'"{place}"' for place in defined["PLACES"])
     for name, source in (("libcuda.so.1", CUDA), ("libnvidia-ml.so.1", NVML)):
         if name in libraries:
-            (folder / "driver.c").write_text(source)
-            definitions = [f"-D{key}={value}" for key, value in defined.items()]
-            command = [compiler, "-shared", "-fPIC", *definitions, "-o", folder / name, folder / "driver.c"]
-            subprocess.run(command, check=True)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", ASK, folder / "powercap", folder / "log"],
-        env=os.environ | {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+            compile_driver(folder / name, source, defined)
+    done = python(ASK, folder / "powercap", folder / "log", LD_LIBRARY_PATH=str(folder), PYTHONWARNINGS="error")
     devices, *readings = json.loads(done.stdout)
     return devices, readings, (folder / "log").read_text()
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tensorflow as tf
 
 from job.machine.gpu_diagnosis import missing
-from tests.support.running import ROOT, run_job
+from tests.support.running import compile_driver, python, run_job
 
 BUILD = tf.sysconfig.get_build_info()
 # The driver's functions that are asked, as in CUDA's cuda.h.
@@ -39,19 +35,8 @@ def ask(folder: Path, driver: dict[str, int] | None, asked: str = "all") -> tupl
     (folder / "dev").mkdir()
     (folder / "dev" / "nvidia0").touch()
     if driver is not None:
-        (folder / "driver.c").write_text(DRIVER)
-        defined = [f"-D{name}={value}" for name, value in driver.items()]
-        compiler = shutil.which("cc") or pytest.skip("no C compiler for the driver: install gcc")
-        command = [compiler, "-shared", "-fPIC", *defined, "-o", folder / "libcuda.so.1", folder / "driver.c"]
-        subprocess.run(command, check=True)
-    done = subprocess.run(
-        [sys.executable, "-c", ASK, asked, folder / "dev"],
-        env=os.environ | {"LD_LIBRARY_PATH": str(folder), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+        compile_driver(folder / "libcuda.so.1", DRIVER, driver)
+    done = python(ASK, asked, folder / "dev", cwd=folder, LD_LIBRARY_PATH=str(folder))
     variable, message, was_asked = json.loads(done.stdout.splitlines()[-1])
     return variable, message, was_asked
 
@@ -108,10 +93,9 @@ def with_cuda(folder: Path) -> None:
 @pytest.mark.skipif(not BUILD["is_cuda_build"], reason="this TensorFlow is built for CPUs alone")
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="a GPU with a driver of its own is attached")
 def test_a_driver_or_a_gpu_that_is_too_old_is_told(
-    driver: dict[str, int], reason: str, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    driver: dict[str, int], reason: str, mend: str, tmp_path: Path
 ) -> None:
     with_cuda(tmp_path)
-    monkeypatch.chdir(tmp_path)
     _, message, _ = ask(tmp_path, driver)
     assert reason in message
     assert mend in message

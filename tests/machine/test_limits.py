@@ -26,21 +26,14 @@ def machine(root: Path, groups: str, files: dict[str, str], memory: int = 16, fr
 
 
 def v2(group: str, limit: str, used: int, inactive_file: int) -> dict[str, str]:
-    folder = f"sys/fs/cgroup{group}"
-    return {
-        f"{folder}/memory.max": f"{limit}\n",
-        f"{folder}/memory.current": f"{used}\n",
-        f"{folder}/memory.stat": f"anon 1\nfile 99\nactive_file 7\ninactive_file {inactive_file}\n",
-    }
+    told = {"max": limit, "current": used, "stat": f"anon 1\nfile 99\nactive_file 7\ninactive_file {inactive_file}"}
+    return {f"sys/fs/cgroup{group}/memory.{name}": f"{text}\n" for name, text in told.items()}
 
 
 def v1(group: str, limit: str, used: int, inactive_file: int) -> dict[str, str]:
-    folder = f"sys/fs/cgroup/memory{group}"
-    return {
-        f"{folder}/memory.limit_in_bytes": f"{limit}\n",
-        f"{folder}/memory.usage_in_bytes": f"{used}\n",
-        f"{folder}/memory.stat": f"inactive_file 5\ntotal_inactive_file {inactive_file}\n",
-    }
+    stat = f"inactive_file 5\ntotal_inactive_file {inactive_file}"
+    told = {"limit_in_bytes": limit, "usage_in_bytes": used, "stat": stat}
+    return {f"sys/fs/cgroup/memory{group}/memory.{name}": f"{text}\n" for name, text in told.items()}
 
 
 V1_GROUPS = "5:cpu,cpuacct:/x\n4:memory:/docker/abc\n1:name=systemd:/\n0::/system.slice\n"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.support.group import group, start, tf_config
-from tests.support.kills import SAVED_OFTEN, variables_of
+from tests.support.kills import SAVED_OFTEN, Running, field, variables_of
 from tests.support.photos import write_dataset
-from tests.support.running import CLASSES, Finished, run_job
+from tests.support.running import CLASSES, Finished, completed, published_in, python, run_job
 from tests.support.servers import free_port
 
 # Adam divides by the root of a mean square: where a gradient is all rounding, its sign decides a whole step. Momentum
@@ -30,11 +27,6 @@ EXACT = {
 }
 
 
-def manifest_of(output: Path) -> tuple[Path, dict[str, Any]]:
-    (folder,) = output.iterdir()
-    return folder, json.loads((folder / "manifest.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def settings(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The small experiment on photos in five files, which TFDS reads in turns."""
@@ -46,9 +38,8 @@ def settings(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def alone(settings: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     output = tmp_path_factory.mktemp("alone")
-    run = run_job(settings | {"TRANSFER_OUTPUT_URI": str(output)})
-    assert run.code == 0, run.errors
-    found = manifest_of(output)
+    completed(settings | {"TRANSFER_OUTPUT_URI": str(output)})
+    found = published_in(output)
     # the last batch is a single photo, in which one of two replicas has no part
     assert {result["train_examples"] % int(EXACT["TRANSFER_BATCH_SIZE"]) for result in found[1]["results"]} == {1}
     return found
@@ -70,20 +61,32 @@ def same(found: tuple[Path, dict[str, Any]], expected: tuple[Path, dict[str, Any
     return worst
 
 
-def verified(folder: Path) -> None:
-    verify = run_job({}, "verify", str(folder))
-    assert verify.code == 0, verify.errors
+def verified_as(expected: tuple[Path, dict[str, Any]], output: Path) -> dict[str, Any]:
+    """Check that the run in ``output`` verifies and is as another; return its manifest."""
+    folder, manifest = found = published_in(output)
+    assert same(found, expected) <= 1e-5
+    completed({}, "verify", str(folder))
+    return manifest
+
+
+def train(*environments: dict[str, str], ends: int = 0, seconds: float = 400, chief: bool = False) -> list[Finished]:
+    """Run one worker for each environment; each must end with the code ``ends``."""
+    with group(*environments, chief=chief) as workers:
+        return all_end(workers, ends, seconds)
+
+
+def all_end(workers: list[Running], ends: int = 0, seconds: float = 400) -> list[Finished]:
+    runs = [worker.end(seconds) for worker in workers]
+    assert [run.code for run in runs] == [ends] * len(runs), "".join(run.errors for run in runs)
+    return runs
 
 
 @pytest.mark.slow
 def test_two_devices_train_as_one(settings: dict[str, str], alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    run = start(settings | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}, devices=2).finished()
-    assert run.code == 0, run.errors
-    found = manifest_of(tmp_path / "output")
-    assert len(found[1]["environment"]["devices"]) == 2
-    assert found[1]["run_id"] == alone[1]["run_id"]
-    assert same(found, alone) <= 1e-5
-    verified(found[0])
+    all_end([start(settings | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}, devices=2)])
+    manifest = verified_as(alone, tmp_path / "output")
+    assert len(manifest["environment"]["devices"]) == 2
+    assert manifest["run_id"] == alone[1]["run_id"]
 
 
 @pytest.mark.parametrize("chief", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -91,14 +94,10 @@ def test_two_workers_train_as_one(
     settings: dict[str, str], alone: tuple[Path, dict[str, Any]], tmp_path: Path, chief: bool
 ) -> None:
     environment = settings | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
-    with group(environment, environment, chief=chief) as workers:
-        runs: list[Finished] = [worker.finished() for worker in workers]
-    assert [run.code for run in runs] == [0, 0], "".join(run.errors for run in runs)
-    found = manifest_of(tmp_path / "output")
-    assert found[1]["environment"]["workers"] == 2
-    assert found[1]["run_id"] == alone[1]["run_id"]
-    assert same(found, alone) <= 1e-5
-    verified(found[0])
+    train(environment, environment, chief=chief)
+    manifest = verified_as(alone, tmp_path / "output")
+    assert manifest["environment"]["workers"] == 2
+    assert manifest["run_id"] == alone[1]["run_id"]
 
 
 @pytest.mark.slow
@@ -108,20 +107,14 @@ def test_a_worker_that_is_killed_ends_the_other_which_goes_on_when_both_start_ag
 ) -> None:
     environment = settings | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output"), "TRANSFER_CACHE_DIR": str(tmp_path)}
     with group(environment, environment) as workers:
-        workers[0].wait_for("saved step")
+        assert workers[0].until("saved step")
         workers[lost].process.kill()
-        left = workers[1 - lost].finished(LONGEST)
+        left = workers[1 - lost].end(LONGEST)
     assert left.code in (74, 143), left.errors
     assert "has gone" in left.text
     assert not list((tmp_path / "output").glob("*/manifest.json"))
-    with group(environment, environment) as workers:
-        runs = [worker.finished() for worker in workers]
-    assert [run.code for run in runs] == [0, 0], "".join(run.errors for run in runs)
-    assert "goes on after step" in runs[0].text
-    found = manifest_of(tmp_path / "output")
-    assert any(result["resumed"] for result in found[1]["results"])
-    assert same(found, alone) <= 1e-5
-    verified(found[0])
+    assert "goes on after step" in train(environment, environment)[0].text
+    assert any(result["resumed"] for result in verified_as(alone, tmp_path / "output")["results"])
 
 
 @pytest.mark.slow
@@ -132,18 +125,13 @@ def test_a_worker_that_is_asked_to_stop_stops_all_after_the_same_step(
     environment = settings | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output"), "TRANSFER_CHECKPOINT_SECONDS": "600"}
     environment |= {"TRANSFER_ARMS": "scratch"}
     with group(environment, environment) as workers:
-        workers[0].wait_for("epoch 1/4")
+        assert workers[0].until("epoch 1/4")
         workers[1].process.terminate()
-        runs = [worker.finished(LONGEST) for worker in workers]
-    assert [run.code for run in runs] == [143, 143], "".join(run.errors for run in runs)
-    (saved,) = [line["saved_step"] for line in runs[0].lines if "saved_step" in line]
-    with group(environment, environment) as workers:
-        runs = [worker.finished() for worker in workers]
-    assert [run.code for run in runs] == [0, 0], "".join(run.errors for run in runs)
-    resumed = [[line["resumed_at"] for line in run.lines if "resumed_at" in line] for run in runs]
-    assert resumed == [[saved], [saved]]
+        stopped = all_end(workers, 143, LONGEST)
+    (saved,) = field(stopped[0], "saved_step")
+    assert [field(run, "resumed_at") for run in train(environment, environment)] == [[saved], [saved]]
     scratch = [result for result in alone[1]["results"] if result["arm"] == "scratch"]
-    assert same(manifest_of(tmp_path / "output"), (alone[0], alone[1] | {"results": scratch})) <= 1e-5
+    assert same(published_in(tmp_path / "output"), (alone[0], alone[1] | {"results": scratch})) <= 1e-5
 
 
 @pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.slow)])
@@ -152,9 +140,9 @@ def test_a_worker_waits_for_the_others_aloud_and_can_be_stopped(
 ) -> None:
     told = tf_config([free_port(), free_port()], index)
     worker = start(settings | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output"), "TF_CONFIG": told})
-    worker.wait_for("waiting for 1 other workers: 127.0.0.1:")
+    assert worker.until("waiting for 1 other workers: 127.0.0.1:")
     worker.process.terminate()
-    assert worker.finished(LONGEST).code == 143
+    all_end([worker], 143, LONGEST)
 
 
 def test_a_port_that_is_taken_is_refused(settings: dict[str, str], tmp_path: Path) -> None:
@@ -169,9 +157,7 @@ def test_a_port_that_is_taken_is_refused(settings: dict[str, str], tmp_path: Pat
 @pytest.mark.slow
 def test_workers_of_different_experiments_are_refused(settings: dict[str, str], tmp_path: Path) -> None:
     environment = settings | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
-    with group(environment, environment | {"TRANSFER_EPOCHS": "5"}) as workers:
-        runs = [worker.finished(LONGEST + 60) for worker in workers]
-    assert [run.code for run in runs] == [78, 78], "".join(run.errors for run in runs)
+    runs = train(environment, environment | {"TRANSFER_EPOCHS": "5"}, ends=78, seconds=LONGEST + 60)
     assert "fingerprint" in runs[0].text
     assert "worker 1: " in runs[0].text
 
@@ -181,9 +167,7 @@ def test_a_published_run_is_verified_by_the_chief_and_ends_all(
     settings: dict[str, str], alone: tuple[Path, dict[str, Any]]
 ) -> None:
     environment = settings | {"TRANSFER_OUTPUT_URI": str(alone[0].parent)}
-    with group(environment, environment) as workers:
-        runs = [worker.finished() for worker in workers]
-    assert [run.code for run in runs] == [0, 0], "".join(run.errors for run in runs)
+    runs = train(environment, environment)
     assert "already published and verified" in runs[0].text
     assert not [line for run in runs for line in run.lines if "epoch" in line]
 
@@ -207,23 +191,18 @@ except stopping.Stopped:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("python", [True, False])
-def test_a_lost_worker_is_noticed_where_nothing_is_exchanged_even_in_native_code(python: bool) -> None:
-    code = _WATCHED.format(until="time.sleep(5)", python=python)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LONGEST + 20, check=False
-    )
-    assert done.returncode == 143, done.stderr
-    assert "has gone" in done.stderr
+@pytest.mark.parametrize("in_python", [True, False])
+def test_a_lost_worker_is_noticed_where_nothing_is_exchanged_even_in_native_code(in_python: bool) -> None:
+    code = _WATCHED.format(until="time.sleep(5)", python=in_python)
+    assert "has gone" in python(code, ends=143, seconds=LONGEST + 20).stderr
 
 
 @pytest.mark.slow
 def test_plan_looks_at_one_worker_without_waiting_for_the_others(settings: dict[str, str], tmp_path: Path) -> None:
     found = []
     for told in ({}, {"TF_CONFIG": tf_config([free_port(), free_port(), free_port()], 1)}):
-        run = run_job(settings | told | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}, "plan")
-        assert run.code == 0, run.errors
-        found.append(run.lines[-1])
+        changes = told | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
+        found.append(completed(settings | changes, "plan").lines[-1])
     one, three = found
     assert (one["workers"], three["workers"]) == (1, 3)
     assert one["run_id"] == three["run_id"]
@@ -234,9 +213,8 @@ def test_plan_looks_at_one_worker_without_waiting_for_the_others(settings: dict[
 @pytest.mark.parametrize("precision", ["mixed_float16", "mixed_bfloat16"])
 def test_two_devices_train_in_half_precision(settings: dict[str, str], tmp_path: Path, precision: str) -> None:
     changes = {"TRANSFER_PRECISION": precision, "TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
-    run = start(settings | changes, devices=2).finished()
-    assert run.code == 0, run.errors
-    _, manifest = manifest_of(tmp_path / "output")
+    all_end([start(settings | changes, devices=2)])
+    _, manifest = published_in(tmp_path / "output")
     assert manifest["environment"]["precision"] == precision
     for result in manifest["results"]:
         losses = [epoch["train_loss"] for epoch in result["history"]]

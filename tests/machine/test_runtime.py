@@ -7,9 +7,9 @@ import os
 import pytest
 import tensorflow as tf
 
-from job.errors import ConfigError
 from job.machine.runtime import half_precision_gain, prove, start, xla_fault
-from job.settings.environment import RuntimeSettings
+from job.settings.groups import RuntimeSettings
+from tests.support.refusals import refused
 
 NO_DEVICE = "GPU:7"
 
@@ -33,12 +33,8 @@ def test_xla_is_proven_where_it_is_asked_for() -> None:
 
 
 def test_a_device_that_cannot_compute_is_refused() -> None:
-    with pytest.raises(ConfigError) as refused:
+    with refused("CUDA_VISIBLE_DEVICES", NO_DEVICE, "[gpu]"):
         prove(NO_DEVICE)
-    (problem,) = refused.value.problems
-    assert problem.variable == "CUDA_VISIBLE_DEVICES"
-    assert NO_DEVICE in problem.message
-    assert "[gpu]" in problem.message
 
 
 def test_a_device_that_xla_cannot_compile_for_is_found_out() -> None:

@@ -4,7 +4,7 @@
 
 Each repeat runs the job and tuned plain Keras (``plain_keras.py`` beside this), and the first ``--untuned`` of them
 untuned plain Keras and a second seed of the job, every one a process of its own, in an order that rotates. Standard
-output gets Markdown for the README, standard error the progress. ``--quick`` only shows that everything runs: its
+output gets Markdown for docs/, standard error the progress. ``--quick`` only shows that everything runs: its
 figures say nothing.
 """
 
@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any
 
 from tests.support.real import CATS, WEIGHTS
-from tests.support.running import ROOT, SHARED
+from tests.support.running import ROOT, SHARED, environment_of, places, published_in
 
 # All that is not named has the job's default: MobileNetV2 at 160 px, ten epochs, batches of 32, seed 0.
 DEFAULT = {
@@ -226,14 +226,13 @@ class ProcessError(Exception):
 
 def execute(arguments: Sequence[str], environment: dict[str, str], log: Path) -> Finished:
     """Run ``python -m`` with these settings and no other TRANSFER_ variable, its output kept in ``log``."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRANSFER_", "AIP_"))}
     # this process stays small, without TensorFlow: a child's peak begins at what its parent held when it was started
     with log.open("wb") as output:
         start = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
             cwd=ROOT,
-            env=kept | {"TF_CPP_MIN_LOG_LEVEL": "2"} | environment,
+            env=environment_of({"TF_CPP_MIN_LOG_LEVEL": "2"} | environment),
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -253,10 +252,8 @@ def execute(arguments: Sequence[str], environment: dict[str, str], log: Path) ->
 
 def run_job(environment: dict[str, str], folder: Path) -> tuple[Finished, dict[str, Any]]:
     """Run the job with a fresh output and cache folder; return its manifest too."""
-    own = {"TRANSFER_OUTPUT_URI": str(folder / "output"), "TRANSFER_CACHE_DIR": str(folder / "cache")}
-    done = execute(["job"], environment | own, folder / "log")
-    (path,) = (folder / "output").glob("*/manifest.json")
-    return done, json.loads(path.read_text(encoding="utf-8"))
+    done = execute(["job"], environment | places(folder), folder / "log")
+    return done, published_in(folder / "output")[1]
 
 
 def compared_seconds(result: dict[str, Any]) -> float:

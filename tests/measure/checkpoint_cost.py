@@ -14,19 +14,11 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-
 from job.arms import ARMS
-from job.data import reading
-from job.experiment.plan import make_plan
-from job.experiment.result import Experiment
-from job.machine import console, runtime
-from job.settings.environment import load
 from job.storage.locations import open_store
 from job.training.checkpoints import Checkpoint, Checkpoints
 from job.training.trainer import Saving
-from tests.measure.bench import DEFAULT
-from tests.support.real import CATS
+from tests.measure.step_rate import prepared
 
 
 class Counted(Checkpoints):
@@ -46,18 +38,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--pairs", type=int, default=3)
     chosen = parser.parse_args()
-    if (missing := CATS.missing()) is not None:
-        sys.exit(f"cats_vs_dogs cannot be measured: {missing}")
     found: dict[str, list[float]] = {"with": [], "without": [], "saves": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        settings = load(
-            DEFAULT | {"TRANSFER_OUTPUT_URI": str(folder / "output"), "TRANSFER_EPOCHS": str(chosen.epochs)}
-        )
-        plan = make_plan(settings, runtime.start(settings.runtime), folder)
-        pixels = reading.read_splits(plan.source, settings.model.image_size, folder, settings.data.max_bad_images)
-        experiment = Experiment(plan, pixels, 0.0, folder, console.Console(None))
-        index = np.arange(len(pixels["train"]))
+        plan, experiment, index = prepared(folder, TRANSFER_EPOCHS=str(chosen.epochs))
 
         def seconds(saving: Saving | None = None) -> float:
             trainer, stages = experiment.prepare(ARMS[chosen.arm], index, seed=0)

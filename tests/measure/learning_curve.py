@@ -5,7 +5,7 @@
 The job trains frozen and fine_tune at four fractions and five seeds in one process; tuned plain Keras
 (``plain_keras.py`` beside this) trains the same two arms at the same fractions, at one seed, in one process. Both are
 timed from start to end, the job with its 40 SavedModels exported and published. Then the job trains scratch at one
-seed. Standard output gets Markdown for the README, standard error the progress. ``--output`` keeps the published runs;
+seed. Standard output gets Markdown for docs/, standard error the progress. ``--output`` keeps the published runs;
 ``--quick`` only shows that everything runs.
 """
 

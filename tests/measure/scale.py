@@ -1,4 +1,4 @@
-"""How time grows with photos and GPUs, on paper: ``python -m tests.measure.scale`` prints the README's table.
+"""How time grows with photos and GPUs, on paper: ``python -m tests.measure.scale`` prints the table of docs/scale.md.
 
 Measured rates carry the command that measured them; assumed ones say so. MobileNetV2 at 160 px, fine_tune from
 block_11_expand_BN, ten epochs of which two train the head, 256 images for each GPU in a batch.
@@ -82,7 +82,7 @@ def hours(seconds: float) -> str:
 
 
 def table() -> str:
-    """Return the README's table."""
+    """Return the table of docs/scale.md."""
     columns = ("photos", "GPUs", "decode", "frozen layers", "fine_tune", "of it all-reduce", "in all", "GPU hours")
     columns += ("local disk for each worker", "memory for ids on each")
     lines = [f"| {' | '.join(columns)} |", f"| {' | '.join(['---:'] * len(columns))} |"]

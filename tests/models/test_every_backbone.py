@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +17,7 @@ import pytest
 
 from job.backbone_table import BACKBONES
 from job.models.weights import sha256_of
-from tests.support.running import CLASSES, ROOT, run_job
+from tests.support.running import CLASSES, places, published_in, python, run_job
 
 Probabilities = npt.NDArray[np.float32]
 
@@ -47,7 +44,7 @@ class Variant:
 
 
 DEEPENED = {"head_units": "64,32", "dropout": "0.3"}
-VARIANTS = {
+VARIANTS = {name: Variant(name) for name in BACKBONES} | {
     # the first layer that trains by default is still there
     "MobileNetV2-truncated": Variant("MobileNetV2", {"truncate_at": "block_13_expand_relu"}),
     "Xception-truncated": Variant("Xception", {"truncate_at": "block13_sepconv2_bn"}),
@@ -121,15 +118,6 @@ def save_weights(name: str, size: str, path: str) -> None:
     whole.unlink()
 
 
-def python(*arguments: str) -> str:
-    """Run Python in a process of its own, whose memory is given back, and return its standard output."""
-    command = [sys.executable, *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.support.photos import write_dataset
@@ -140,14 +128,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def test_photos(data: Path) -> dict[str, bytes]:
     """The encoded photos of the test split, by TFDS's id."""
-    import tensorflow_datasets as tfds
+    from tests.support.photos import examples_of
 
-    read = tfds.builder_from_directory(str(data)).as_dataset(
-        split="train[80%:]",
-        decoders={"image": tfds.decode.SkipDecoding()},
-        read_config=tfds.ReadConfig(add_tfds_id=True),
-    )
-    found = {example["tfds_id"].decode(): example["image"] for example in tfds.as_numpy(read)}
+    found = {name: example["image"] for name, example in examples_of(data, "train[80%:]").items()}
     assert len(found) == TEST_PHOTOS
     return found
 
@@ -189,7 +172,7 @@ def check(variant: Variant, data: Path, photos: Mapping[str, bytes], folder: Pat
     row = BACKBONES[variant.backbone]
     weights = folder / "weights.h5"
     code = "import sys; from tests.models.test_every_backbone import save_weights; save_weights(*sys.argv[1:])"
-    python("-c", code, row.name, str(row.minimum_size), str(weights))
+    python(code, row.name, row.minimum_size, weights)  # a process of its own, whose memory is given back
     environment = {
         "TRANSFER_DATASET": str(data),
         "TRANSFER_TRAIN_SPLIT": "train[:60%]",
@@ -202,15 +185,12 @@ def check(variant: Variant, data: Path, photos: Mapping[str, bytes], folder: Pat
         "TRANSFER_HEAD_EPOCHS": "1",
         "TRANSFER_BATCH_SIZE": "8",
         "TRANSFER_OPTIMIZER": "sgd" if row.name == LARGEST else "adam",
-        "TRANSFER_OUTPUT_URI": str(folder / "output"),
-        "TRANSFER_CACHE_DIR": str(folder),
     }
-    process = run_job(environment | variant.environment)
+    process = run_job(environment | places(folder) | variant.environment)
     if process.code == 78 and row.name == LARGEST and "of memory, and" in process.errors:
         pytest.skip(f"{row.name} does not fit this machine: {process.text}")
     assert process.code == 0, process.errors
-    (published,) = (folder / "output").iterdir()
-    manifest = json.loads((published / "manifest.json").read_text(encoding="utf-8"))
+    published, manifest = published_in(folder / "output")
     assert manifest["backbone"]["weights"]["sha256"] == sha256_of(weights)
 
     results = manifest["results"]
@@ -223,8 +203,8 @@ def check(variant: Variant, data: Path, photos: Mapping[str, bytes], folder: Pat
     assert run_job({}, "verify", str(published)).code == 0
     requests = folder / "requests"
     write_requests(requests, photos, row.minimum_size)
-    models = [str(published / result["saved_model"]) for result in results]
-    answers = json.loads(python("-c", SERVE, str(requests), *models).partition("ANSWERS")[2])
+    models = [published / result["saved_model"] for result in results]
+    answers = json.loads(python(SERVE, requests, *models).stdout.partition("ANSWERS")[2])
     for result, served in zip(results, answers, strict=True):
         ids, expected = published_probabilities((published / result["saved_model"]).with_name("predictions.csv"))
         assert ids == sorted(photos)
@@ -239,19 +219,10 @@ def check(variant: Variant, data: Path, photos: Mapping[str, bytes], folder: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKBONES)
-def test_every_backbone_trains_in_three_arms_and_serves_what_was_measured(
-    data: Path, test_photos: dict[str, bytes], name: str
-) -> None:
-    # pytest keeps its temporary folders; these take gigabytes
-    with tempfile.TemporaryDirectory() as folder:
-        check(Variant(name), data, test_photos, Path(folder))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_a_shorter_backbone_and_a_deeper_head_train_and_serve_what_was_measured(
+def test_every_backbone_a_shorter_one_and_a_deeper_head_train_in_three_arms_and_serve_what_was_measured(
     data: Path, test_photos: dict[str, bytes], variant: Variant
 ) -> None:
+    # pytest keeps its temporary folders; these take gigabytes
     with tempfile.TemporaryDirectory() as folder:
         check(variant, data, test_photos, Path(folder))

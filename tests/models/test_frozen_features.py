@@ -11,16 +11,14 @@ import numpy as np
 import pytest
 
 from job.arms import Part
-from job.backbone_table import BACKBONES
 from job.data.row_cache import RowCache
 from job.data.row_files import RowFile
 from job.data.rows import Rows
 from job.machine import console
-from job.models.backbones import build, first_trainable, preprocessing
-from job.models.classifier import Classifier, Head
-from job.models.cuts import candidates
+from job.models.classifier import Classifier
 from job.models.frozen_features import Computed, Features
 from job.models.inference import INFERENCE_BATCH
+from tests.models.test_classifier import classifier
 
 COUNT = 2 * INFERENCE_BATCH + 5
 KEY: dict[str, Any] = {"dataset": "pets", "image_size": 32, "backbone": "MobileNet", "weights": "one", "precision": "f"}
@@ -29,10 +27,7 @@ KEY: dict[str, Any] = {"dataset": "pets", "image_size": 32, "backbone": "MobileN
 @pytest.fixture(scope="module")
 def model() -> Classifier:
     keras.utils.set_random_seed(2)
-    row = BACKBONES["MobileNet"]
-    backbone = build(row, 32)
-    first = first_trainable(backbone, row.fine_tune_from)
-    return Classifier(backbone, preprocessing(row), Head(3), first, candidates(backbone, first)[-1].operation)
+    return classifier("MobileNet", 32)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,7 @@ import pytest
 
 from job.models import weights
 from job.models.weights import WeightsUnavailable, packaged_mobilenet_v2, packaged_tensors, read_weights_file, sha256_of
-from tests.support.running import SHARED
-
-SHARED_WEIGHTS = SHARED / "weights"
-OFFICIAL = SHARED_WEIGHTS / "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
+from tests.support.real import WEIGHTS as OFFICIAL
 
 
 @pytest.fixture(scope="module")

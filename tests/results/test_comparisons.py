@@ -109,14 +109,13 @@ def test_the_figures_are_those_of_the_tests() -> None:
     scored = run(THREE)
     hits = {arm: np.stack([hits for each, hits in scored if each.arm == arm]) for arm in THREE}
     over_seeds, of_first = comparisons(scored)[2], comparisons(scored)[5]
-    expected = paired_test_over_seeds(hits["fine_tune"], hits["frozen"])
-    assert (over_seeds.difference, over_seeds.interval, over_seeds.p_value, over_seeds.method) == (
-        *(expected.difference, expected.interval, expected.p_value, expected.method),
+    expected = (
+        paired_test_over_seeds(hits["fine_tune"], hits["frozen"]),
+        paired_test(hits["fine_tune"][0], hits["frozen"][0]),
     )
-    expected = paired_test(hits["fine_tune"][0], hits["frozen"][0])
-    assert (of_first.difference, of_first.interval, of_first.p_value, of_first.method) == (
-        *(expected.difference, expected.interval, expected.p_value, expected.method),
-    )
+    for found, test in zip((over_seeds, of_first), expected, strict=True):
+        for figure in ("difference", "interval", "p_value", "method"):
+            assert getattr(found, figure) == getattr(test, figure)
     assert over_seeds.difference == pytest.approx(30 / 400)
 
 

@@ -118,6 +118,8 @@ def test_a_finished_result_brings_its_final_figures_and_a_successful_end(tmp_pat
     }
     final = {tag: values for tag, values in scalars(found).items() if tag not in TAGS}
     assert final == {tag: [(4, STARTED + 10, float(np.float32(value)))] for tag, value in expected.items()}
+    metrics = {name for name, value in test.model_dump().items() if isinstance(value, float)}
+    assert {tag.removeprefix("test/") for tag in final if tag.startswith("test/")} == metrics
     end = metadata.parse_session_end_info_plugin_data(hparams(found, metadata.SESSION_END_INFO_TAG))
     assert (end.status, end.end_time_secs) == (api_pb2.STATUS_SUCCESS, STARTED + 10)
 

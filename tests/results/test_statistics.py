@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise, product
 
 import numpy as np
@@ -347,12 +348,15 @@ def test_the_interval_of_a_textbook_example() -> None:
     assert found.p_value < 0.001
 
 
-def test_swapped_models_give_the_mirrored_result() -> None:
-    a, b = models(60, 12, 4, 24)
-    forth, back = paired_test(a, b), paired_test(b, a)
+def assert_mirrored(test: Callable[..., PairedTest], *hits: npt.NDArray[np.bool_]) -> None:
+    forth, back = test(*hits), test(*reversed(hits))
     assert back.difference == -forth.difference
     assert back.interval == pytest.approx((-forth.interval[1], -forth.interval[0]), abs=1e-15)
     assert back.p_value == pytest.approx(forth.p_value, rel=1e-12)
+
+
+def test_swapped_models_give_the_mirrored_result() -> None:
+    assert_mirrored(paired_test, *models(60, 12, 4, 24))
 
 
 def test_the_same_answers_show_no_difference_but_leave_uncertainty() -> None:
@@ -520,11 +524,7 @@ def test_a_difference_is_shown_over_seeds_exactly_where_the_interval_leaves_0_ou
 
 
 def test_swapped_arms_give_the_mirrored_result() -> None:
-    a, b = outcomes(2, (3, 60), 0.9), outcomes(3, (3, 60), 0.7)
-    forth, back = paired_test_over_seeds(a, b), paired_test_over_seeds(b, a)
-    assert back.difference == -forth.difference
-    assert back.interval == pytest.approx((-forth.interval[1], -forth.interval[0]), abs=1e-15)
-    assert back.p_value == pytest.approx(forth.p_value, rel=1e-12)
+    assert_mirrored(paired_test_over_seeds, outcomes(2, (3, 60), 0.9), outcomes(3, (3, 60), 0.7))
 
 
 def test_arms_with_the_same_answers_show_no_difference_over_seeds() -> None:

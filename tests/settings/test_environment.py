@@ -10,13 +10,8 @@ from pydantic import ValidationError
 from job.backbone_table import BACKBONES
 from job.errors import ConfigError
 from job.settings.environment import (
-    DataSettings,
-    ModelSettings,
-    OutputSettings,
     Settings,
-    TrainingSettings,
     Variable,
-    default_head_epochs,
     fingerprint,
     load,
     log_format,
@@ -24,6 +19,7 @@ from job.settings.environment import (
     variables,
     variables_markdown,
 )
+from job.settings.groups import DataSettings, ModelSettings, OutputSettings, TrainingSettings, default_head_epochs
 
 CONTRACT_DEFAULTS = {
     "TRANSFER_DATASET": "cats_vs_dogs",
@@ -42,7 +38,7 @@ CONTRACT_DEFAULTS = {
     "TRANSFER_ARMS": "scratch,frozen,fine_tune",
     "TRANSFER_FINE_TUNE_FROM": "the backbone's own",
     "TRANSFER_EPOCHS": "10",
-    "TRANSFER_HEAD_EPOCHS": None,  # the README says, and this table is the README's
+    "TRANSFER_HEAD_EPOCHS": None,  # docs/settings.md says, and this table is its
     "TRANSFER_BATCH_SIZE": "32",
     "TRANSFER_OPTIMIZER": "adam",
     "TRANSFER_LEARNING_RATE": None,

@@ -5,7 +5,6 @@ google.auth reads its environment when it is imported. Nothing here leaves this 
 
 from __future__ import annotations
 
-import http.server
 import json
 import os
 import signal
@@ -24,6 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from google.auth.compute_engine import detect_gce_residency_linux as on_google
 
 from job.storage.locations import open_store
+from tests.support import servers
 from tests.support.running import ROOT
 from tests.support.servers import faulty_proxy, free_port, refusing_port
 
@@ -33,6 +33,7 @@ EMAIL = "job@project.test"
 ACCOUNT = "/computeMetadata/v1/instance/service-accounts/"
 LONG = 600  # seconds, far beyond the patience of these tests: who waits for that long fails
 PATIENCE = 60
+UNUSABLE = "GOOGLE_APPLICATION_CREDENTIALS: no usable Google credentials"
 
 FIND = """
 import logging, sys
@@ -84,44 +85,26 @@ class Cloud:
         self.asked: Counter[str] = Counter()
         self.host = f"127.0.0.1:{port}"
 
-    def answer(self, path: str) -> tuple[int, bytes]:
+    def answer(self, path: str) -> tuple[int, object]:
         self.asked[path] += 1
         if path.startswith(self.where) and (self.forever or self.planned):
-            return self.forever or self.planned.popleft(), b'{"error": "invalid_grant"}'
+            return self.forever or self.planned.popleft(), {"error": "invalid_grant"}
         account = {"email": EMAIL, "scopes": ["scope"], "aliases": ["default"]}
         # Google refreshes what is good for less than four minutes before each use.
         token = {"access_token": TOKEN, "expires_in": 100, "token_type": "Bearer"}
         named = {"?recursive": account, "/token": token, "universe": "googleapis.com", "project-id": "project"}
-        return 200, json.dumps(next((value for key, value in named.items() if key in path), {})).encode()
+        return 200, next((value for key, value in named.items() if key in path), {})
 
 
 @contextmanager
 def serving(cloud: Cloud) -> Iterator[Cloud]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            """Keep test output quiet."""
+    class Front(servers.Handler):
+        def respond(self) -> None:
+            self.content()
+            self.answer_json(*cloud.answer(self.path), Metadata_Flavor=cloud.flavor)
 
-        def do_GET(self) -> None:
-            self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            status, body = cloud.answer(self.path)
-            self.send_response_only(status)
-            self.send_header("Metadata-Flavor", cloud.flavor)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_POST = do_GET  # noqa: N815  (http.server's name)
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", int(cloud.host.rpartition(":")[2])), Handler) as front:
-        front.daemon_threads = True
-        thread = threading.Thread(target=front.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
-            yield cloud
-        finally:
-            front.shutdown()
-            thread.join()
+    with servers.serving(Front, int(cloud.host.rpartition(":")[2])):
+        yield cloud
 
 
 @contextmanager
@@ -170,6 +153,15 @@ def found(home: Path, limit: float = LONG, **environment: str) -> tuple[int, str
         return ended(process)
 
 
+def refused_at_once(home: Path, words: str, **environment: str) -> str:
+    """Check that no credentials are found, with these words and without waiting; return all that was said."""
+    code, said = found(home, **environment)
+    assert code == 78
+    assert words in said
+    assert "job.storage.credentials: " not in said
+    return said
+
+
 def test_a_metadata_server_that_refuses_connections_at_first_is_waited_for(tmp_path: Path) -> None:
     cloud = Cloud(free_port())
     with child(FIND, tmp_path, LONG, **at(cloud)) as process:
@@ -199,17 +191,14 @@ def test_a_metadata_server_that_never_has_a_token_ends_as_missing_credentials(tm
     with serving(Cloud(free_port(), forever=404)) as cloud:
         code, said = found(tmp_path, 3, **at(cloud))
     assert code == 78
-    assert "GOOGLE_APPLICATION_CREDENTIALS: no usable Google credentials (waited 3 s for the machine's" in said
+    assert f"{UNUSABLE} (waited 3 s for the machine's" in said
     assert said.count("job.storage.credentials: ") == 1
 
 
 def test_no_time_is_lost_waiting_on_a_machine_of_another_cloud(tmp_path: Path) -> None:
     with serving(Cloud(free_port())) as cloud:
         cloud.flavor = "Other"
-        code, said = found(tmp_path, **at(cloud))
-    assert code == 78
-    assert "GOOGLE_APPLICATION_CREDENTIALS: no usable Google credentials (Your default" in said
-    assert "job.storage.credentials: " not in said
+        refused_at_once(tmp_path, f"{UNUSABLE} (Your default", **at(cloud))
     assert cloud.asked["/"]
 
 
@@ -222,10 +211,7 @@ def test_no_time_is_lost_waiting_where_nothing_answers(tmp_path: Path) -> None:
 
 
 def test_no_time_is_lost_waiting_where_the_user_says_that_there_is_no_cloud(tmp_path: Path) -> None:
-    code, said = found(tmp_path, NO_GCE_CHECK="true")
-    assert code == 78
-    assert "GOOGLE_APPLICATION_CREDENTIALS: no usable Google credentials (Your default" in said
-    assert "job.storage.credentials: " not in said
+    refused_at_once(tmp_path, f"{UNUSABLE} (Your default", NO_GCE_CHECK="true")
 
 
 def test_a_stop_is_heeded_while_waiting(tmp_path: Path) -> None:
@@ -274,25 +260,18 @@ def test_a_credentials_file_that_never_comes_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "secret", "[]", "{}", '{"type": "service_account", "private_key": "secret"}'])
 def test_a_malformed_credentials_file_is_refused_at_once_and_not_quoted(content: str, tmp_path: Path) -> None:
     (tmp_path / "key.json").write_text(content)
-    code, said = found(tmp_path, GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path / "key.json"))
-    assert code == 78
-    assert "GOOGLE_APPLICATION_CREDENTIALS: no usable Google credentials" in said
-    assert "job.storage.credentials: " not in said
+    said = refused_at_once(tmp_path, UNUSABLE, GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path / "key.json"))
     assert "secret" not in said
 
 
 def test_a_folder_in_place_of_a_credentials_file_is_refused_at_once(tmp_path: Path) -> None:
-    code, said = found(tmp_path, GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path))
-    assert code == 78
-    assert "(IsADirectoryError)" in said
+    refused_at_once(tmp_path, "(IsADirectoryError)", GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path))
 
 
 def test_a_key_that_was_revoked_is_refused_at_once(tmp_path: Path) -> None:
     with serving(Cloud(free_port(), forever=400, where="/token")) as cloud:
         (tmp_path / "key.json").write_text(key_file(cloud))
-        code, said = found(tmp_path, GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path / "key.json"))
-    assert code == 78
-    assert "invalid_grant" in said
+        refused_at_once(tmp_path, "invalid_grant", GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path / "key.json"))
     assert cloud.asked == {"/token": 1}
 
 

@@ -57,9 +57,8 @@ def downloaded(store: Store, folder: Path) -> bytes:
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest) -> str:
-    """A prefix of the test's own, as the server is shared."""
-    return f"gs://bucket/{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]}"
+def place(prefix: str) -> str:
+    return f"gs://bucket/{prefix}"
 
 
 def filled(uri: str, folder: Path, limit: float) -> Store:
@@ -135,31 +134,31 @@ def test_what_arrived_damaged_is_not_left_there(proxy: FaultyProxy, place: str) 
     assert store.list() == {}
 
 
+def put_large(size: int, place: str, folder: Path, proxy: FaultyProxy, fault: str, after: int = 0) -> None:
+    """Store so many MiB under a fault that happens once; check that it did, and what is there in the end."""
+    (folder / "large").write_bytes(CONTENT * (size * MIB // len(CONTENT)))
+    store = open_store(place, VARIABLE, LONG)
+    proxy.plan(fault, 1, after)
+    store.put("large", folder / "large")
+    assert proxy.happened == {fault: 1}
+    assert store.checksums("large") == checksums(folder / "large")
+
+
 @pytest.mark.parametrize("fault", ["refuse", "drop_before"])
 def test_a_large_upload_goes_on_where_it_was_interrupted(
     fault: str, proxy: FaultyProxy, place: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "large").write_bytes(CONTENT * (36 * MIB // len(CONTENT)))
-    store = open_store(place, VARIABLE, LONG)
-    proxy.plan(fault, 1, after=2)  # of a session's beginning and its first chunk
-    store.put("large", tmp_path / "large")
-    assert proxy.happened == {fault: 1}
+    put_large(36, place, tmp_path, proxy, fault, after=2)  # of a session's beginning and its first chunk
     sent = [request.range for request in proxy.received if request.method == "PUT"]
     first, second, third = (f"bytes {a * MIB}-{b * MIB - 1}/{36 * MIB}" for a, b in ((0, 16), (16, 32), (32, 36)))
     assert sent == [first, second, second, third]
-    assert store.checksums("large") == checksums(tmp_path / "large")
 
 
 @pytest.mark.parametrize("fault", ["spoil_upload", "refuse_damaged"])
 def test_a_large_upload_that_arrives_damaged_is_sent_again(
     fault: str, proxy: FaultyProxy, place: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "large").write_bytes(CONTENT * (9 * MIB // len(CONTENT)))
-    store = open_store(place, VARIABLE, LONG)
-    proxy.plan(fault, 1)
-    store.put("large", tmp_path / "large")
-    assert proxy.happened == {fault: 1}
-    assert store.checksums("large") == checksums(tmp_path / "large")
+    put_large(9, place, tmp_path, proxy, fault)
 
 
 def test_many_threads_get_through_a_mixture_of_faults(proxy: FaultyProxy, place: str) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +11,7 @@ import pytest
 from job.local_files import appearing
 from job.storage.locations import open_store
 from job.storage.store import Store
-from tests.support.running import ROOT
+from tests.support.running import python
 
 
 @pytest.fixture
@@ -31,8 +28,7 @@ def test_what_a_killed_writer_left_is_removed(folder: Store, tmp_path: Path) -> 
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, check=False)
-    assert done.returncode == -9
+    python(script, ends=-9)
     folder.put_bytes("below/other", b"whole")
     assert len(list((tmp_path / "store" / "below").iterdir())) == 2
     folder.tidy()

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 
-from tests.support.running import ROOT, Finished, run_job
+from tests.support.running import ROOT, Finished, completed, environment_of
 
 ARMS = ("scratch", "frozen", "fine_tune")
 # Dropout, since it is random at every step.
@@ -31,6 +31,11 @@ SAVED_OFTEN = {
     "TRANSFER_DROPOUT": "0.2",
     "TRANSFER_CHECKPOINT_SECONDS": "0.1",
 }
+PID_1 = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
+with_pid_1 = pytest.mark.skipif(
+    subprocess.run([*PID_1, "true"], capture_output=True, check=False).returncode != 0,
+    reason="this account cannot make a PID namespace (unshare --pid)",
+)
 # More than the slowest stage takes on a busy machine: whoever waits longer waits for something that will not come.
 _LONGEST = 300.0
 _STAGES = ("begins", "features", "training", "evaluating", "exporting", "storing")
@@ -81,7 +86,7 @@ def moment_of(messages: Sequence[str]) -> Moment:
 class Running:
     """A process of the job whose log is read while it runs."""
 
-    def __init__(self, process: subprocess.Popen[str], errors: Any) -> None:
+    def __init__(self, process: subprocess.Popen[str], errors: BinaryIO | None = None) -> None:
         self.process = process
         self.messages: list[str] = []
         self._lines: list[dict[str, Any]] = []
@@ -140,12 +145,20 @@ class Running:
         """Send a signal to the job itself."""
         os.kill(self.pid, number)
 
-    def end(self) -> Finished:
+    def end(self, seconds: float = _LONGEST) -> Finished:
         """Wait for the end; return exit code and log."""
-        code = self.process.wait(_LONGEST)
+        code = self.process.wait(seconds)
+        self.close()
+        if self._errors is not None:
+            self._errors.seek(0)
+        errors = self._errors.read().decode(errors="replace") if self._errors else ""
+        return Finished(code, self._lines, errors + "".join(self._text))
+
+    def close(self) -> None:
+        """Read the log to its end; the process has ended."""
         self._reader.join()
-        self._errors.seek(0)
-        return Finished(code, self._lines, self._errors.read().decode(errors="replace") + "".join(self._text))
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
 
 def _catches(pid: int, number: signal.Signals) -> bool:
@@ -153,12 +166,6 @@ def _catches(pid: int, number: signal.Signals) -> bool:
         mask = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
         return mask is not None and bool(int(mask[1], 16) >> (number - 1) & 1)
     return False
-
-
-def environment_of(changes: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's environment without the job's variables, with ``changes``."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRANSFER_", "AIP_"))}
-    return kept | {"PYTHONPATH": str(ROOT)} | dict(changes)
 
 
 @contextmanager
@@ -177,9 +184,7 @@ def started(environment: Mapping[str, str], *arguments: str, before: Sequence[st
                 with suppress(ProcessLookupError):
                     os.kill(running.pid, signal.SIGKILL)
             process.wait()
-            running._reader.join()
-            assert process.stdout is not None
-            process.stdout.close()
+            running.close()
 
 
 @dataclass(frozen=True)
@@ -258,8 +263,7 @@ def kill_until_it_ends(
             print(f"killed at {kill.at}, {delay:.2f} s after {moment}")  # noqa: T201  (pytest shows it on failure)
             if kill.at == moment:
                 break
-    last = run_job(dict(environment))
-    return kills, last
+    return kills, completed(dict(environment))
 
 
 @dataclass(frozen=True)
@@ -280,8 +284,7 @@ def undisturbed(tiny: dict[str, str], factory: pytest.TempPathFactory) -> Undist
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not told.exists():
             environment = tiny | SAVED_OFTEN
-            done = run_job(environment | {"TRANSFER_OUTPUT_URI": str(shared / "output")})
-            assert done.code == 0, done.errors
+            completed(environment | {"TRANSFER_OUTPUT_URI": str(shared / "output")})
             told.write_text(json.dumps(environment))
     (folder,) = (shared / "output").iterdir()
     return Undisturbed(json.loads(told.read_text()), folder)

@@ -90,6 +90,16 @@ def write_features(
     return Path(builder.data_dir)
 
 
+def examples_of(folder: Path, split: str) -> dict[str, dict[str, Any]]:
+    """Return the examples of a split by TFDS's id, their photos encoded as they are."""
+    read = tfds.builder_from_directory(str(folder)).as_dataset(
+        split=split,
+        read_config=tfds.ReadConfig(add_tfds_id=True),
+        decoders={"image": tfds.decode.SkipDecoding()},
+    )
+    return {example["tfds_id"].decode(): example for example in tfds.as_numpy(read)}
+
+
 def photo(rng: np.random.Generator, label: int, classes: int, size: int) -> Pixels:
     """Return uint8 [size, size, 3]: a hue and a direction of stripes that belong to the class, and noise."""
     angle = np.pi * label / classes

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.support.running import ROOT, SHARED
+import pytest
+
+from tests.support.running import ROOT, SHARED, environment_of
 
 WEIGHTS = SHARED / "weights" / "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
 
@@ -28,11 +29,14 @@ class Real:
         absent = [path for path in (self.needs, WEIGHTS) if not path.exists()]
         return f"not there: {', '.join(str(path) for path in absent)}" if absent else None
 
+    def required(self) -> Real:
+        """Return the experiment itself; skip the test if it cannot be run."""
+        return self if (absent := self.missing()) is None else pytest.skip(absent)
+
     def run(self, output: Path, **changes: str) -> dict[str, Any]:
         """Run the real command, its log to standard error, and return the manifest."""
         changed = {f"TRANSFER_{name.upper()}": value for name, value in changes.items()}
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("TRANSFER_", "AIP_"))}
-        environment = kept | self.environment | changed | {"TRANSFER_OUTPUT_URI": str(output)}
+        environment = environment_of(self.environment | changed | {"TRANSFER_OUTPUT_URI": str(output)})
         command = [sys.executable, "-m", "job"]
         subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=sys.stderr)
         newest = max(output.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)

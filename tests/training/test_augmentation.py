@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from job.models.classifier import Classifier, Head
 from job.models.cuts import candidates
 from job.models.randomness import AUGMENTATION, DROPOUT, Chance
 from job.training.augmentation import CONTRAST, SHIFT, ZOOM, augmenter
-from tests.support.running import run_job
+from tests.support.running import published_by
 
 SIZE = 40
 
@@ -134,14 +133,8 @@ def test_from_pixels_is_the_same_network_in_one_piece(part: Part) -> None:
 def test_a_run_augments_training_alone_and_every_arm_of_it(tiny: dict[str, str], tmp_path: Path) -> None:
     found = {}
     for kind in ("none", "standard"):
-        settings = {
-            "TRANSFER_AUGMENTATION": kind, "TRANSFER_OUTPUT_URI": str(tmp_path / kind),
-            "TRANSFER_ARMS": "frozen,fine_tune",
-        }  # fmt: skip
-        process = run_job(tiny | settings)
-        assert process.code == 0, process.errors
-        (path,) = (tmp_path / kind).glob("*/manifest.json")
-        found[kind] = json.loads(path.read_text())
+        settings = {"TRANSFER_AUGMENTATION": kind, "TRANSFER_ARMS": "frozen,fine_tune"}
+        found[kind] = published_by(tiny | settings, tmp_path / kind).manifest
     plain, changed = (found[kind]["results"] for kind in ("none", "standard"))
     for before, after in zip(plain, changed, strict=True):
         assert after["rows"] == {"cut": "pixels", "row_bytes": 32 * 32 * 3, "kept": "disk"}

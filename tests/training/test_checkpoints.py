@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +13,7 @@ from job.manifest import Epoch
 from job.storage.locations import open_store
 from job.storage.store import Store
 from job.training.checkpoints import Checkpoint, Checkpoints, Progress
-from tests.support.running import ROOT
+from tests.support.running import python
 
 FINGERPRINT = "ab" * 32
 RESULT = "scratch-fraction-1-seed-0"
@@ -45,8 +42,13 @@ def save(store: Store, tmp_path: Path, *steps: int, fingerprint: str = FINGERPRI
     return sorted(store.list())
 
 
-def newest(store: Store, tmp_path: Path, phases: int = 1) -> Checkpoint | None:
-    return open_at(store, tmp_path).newest(RESULT, phases)
+def newest(store: Store, tmp_path: Path) -> Checkpoint | None:
+    return open_at(store, tmp_path).newest(RESULT, 1)
+
+
+def newest_step(store: Store, tmp_path: Path) -> int | None:
+    found = newest(store, tmp_path)
+    return found and found.progress.step
 
 
 def test_what_is_saved_is_found_again(store: Store, tmp_path: Path) -> None:
@@ -64,9 +66,7 @@ def test_what_is_saved_is_found_again(store: Store, tmp_path: Path) -> None:
 def test_the_last_two_are_kept_and_nothing_else(store: Store, tmp_path: Path) -> None:
     names = save(store, tmp_path, 9, 10, 100)
     assert ["000000010" in names[0], "000000100" in names[1], len(names)] == [True, True, 2]
-    found = newest(store, tmp_path)
-    assert found is not None
-    assert found.progress.step == 100
+    assert newest_step(store, tmp_path) == 100
     assert not (tmp_path / "checkpoint").exists()
 
 
@@ -99,9 +99,7 @@ def test_where_the_newest_is_damaged_the_one_before_is_used(
     older, newer = save(store, tmp_path, 1, 2)
     store.put_bytes(newer, DAMAGES[damage](store.read(newer) or b""))
     with caplog.at_level(logging.WARNING):
-        found = newest(store, tmp_path)
-    assert found is not None
-    assert found.progress.step == 1
+        assert newest_step(store, tmp_path) == 1
     assert f"checkpoint {newer} is not used: it is damaged" in caplog.text
     store.put_bytes(older, DAMAGES[damage](store.read(older) or b""))
     assert newest(store, tmp_path) is None
@@ -172,8 +170,5 @@ def test_what_is_held_is_saved_when_the_process_is_asked_to_stop_even_in_native_
             while True:
                 ctypes.CDLL(None).sleep(600)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, check=False, capture_output=True)
-    assert done.returncode == 143, done.stderr
-    found = newest(open_store(str(tmp_path / "store"), "TRANSFER_CHECKPOINT_URI"), tmp_path)
-    assert found is not None
-    assert found.progress.step == 3
+    python(script, ends=143)
+    assert newest_step(open_store(str(tmp_path / "store"), "TRANSFER_CHECKPOINT_URI"), tmp_path) == 3

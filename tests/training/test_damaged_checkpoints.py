@@ -25,16 +25,10 @@ from tests.support.kills import (
     moments,
     run_folder,
     started,
-    undisturbed,
 )
-from tests.support.running import Finished, run_job
+from tests.support.running import Finished, completed, places, run_job
 
 RUN_ID = "damaged"
-
-
-@pytest.fixture(scope="module")
-def expected(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return undisturbed(tiny, tmp_path_factory)
 
 
 @dataclass(frozen=True)
@@ -48,14 +42,13 @@ class Interrupted:
     def copy(self, folder: Path) -> tuple[dict[str, str], Path]:
         """Return the environment to go on with a copy, and the copy's checkpoints."""
         shutil.copytree(self.output, folder / "output")
-        environment = {"TRANSFER_OUTPUT_URI": str(folder / "output"), "TRANSFER_CACHE_DIR": str(folder / "cache")}
-        return self.environment | environment, folder / "output" / RUN_ID / "checkpoints"
+        return self.environment | places(folder), folder / "output" / RUN_ID / "checkpoints"
 
 
 @pytest.fixture(scope="module")
-def interrupted(expected: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
+def interrupted(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> Interrupted:
     output = tmp_path_factory.mktemp("interrupted")
-    environment = expected.environment | {"TRANSFER_ARMS": "scratch", "TRANSFER_RUN_ID": RUN_ID}
+    environment = undisturbed.environment | {"TRANSFER_ARMS": "scratch", "TRANSFER_RUN_ID": RUN_ID}
     with started(environment | {"TRANSFER_OUTPUT_URI": str(output)}) as running:
         assert running.wait(lambda: sum("saved step" in message for message in running.messages) >= 3)
         running.send(signal.SIGKILL)
@@ -71,12 +64,11 @@ def step_of(name: str) -> int:
     return int(found[1])
 
 
-def finish(environment: dict[str, str], expected: Undisturbed) -> tuple[Finished, dict[str, Any]]:
+def finish(environment: dict[str, str], undisturbed: Undisturbed) -> tuple[Finished, dict[str, Any]]:
     """Let the run end, and hold it against the undisturbed one; return the process and the scratch arm's result."""
-    done = run_job(environment)
-    assert done.code == 0, done.errors
+    done = completed(environment)
     run = run_folder(Path(environment["TRANSFER_OUTPUT_URI"]))
-    manifest = assert_same(run, expected.folder, ["scratch"])
+    manifest = assert_same(run, undisturbed.folder, ["scratch"])
     assert_only_the_run_is_left(run, Path(environment["TRANSFER_CACHE_DIR"]))
     assert run_job({}, "verify", str(run)).code == 0
     return done, manifest["results"][0]
@@ -96,16 +88,16 @@ def flipped(content: bytes, bit: int) -> bytes:
 
 
 @pytest.mark.slow
-def test_a_whole_checkpoint_is_gone_on_from(interrupted: Interrupted, expected: Undisturbed, tmp_path: Path) -> None:
+def test_a_whole_checkpoint_is_gone_on_from(interrupted: Interrupted, undisturbed: Undisturbed, tmp_path: Path) -> None:
     environment, _ = interrupted.copy(tmp_path)
-    done, result = finish(environment, expected)
+    done, result = finish(environment, undisturbed)
     assert refused(done) == {}
     assert field(done, "resumed_at") == [step_of(interrupted.names[1])]
     assert result["resumed"] == 1
 
 
 def test_newer_ones_with_any_bit_flipped_or_cut_short_are_passed_over_for_the_one_before(
-    interrupted: Interrupted, expected: Undisturbed, tmp_path: Path
+    interrupted: Interrupted, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     environment, folder = interrupted.copy(tmp_path)
     older, newest = interrupted.names
@@ -121,7 +113,7 @@ def test_newer_ones_with_any_bit_flipped_or_cut_short_are_passed_over_for_the_on
         names.append(newest.replace(f"{step_of(newest):09d}", f"{step_of(newest) + number:09d}"))
         (folder / names[-1]).write_bytes(damage)
     assert newest in names
-    done, result = finish(environment, expected)
+    done, result = finish(environment, undisturbed)
     reasons = refused(done)
     assert set(reasons) == set(names)
     assert all("damaged" in reason for reason in reasons.values()), reasons
@@ -131,7 +123,7 @@ def test_newer_ones_with_any_bit_flipped_or_cut_short_are_passed_over_for_the_on
 
 @pytest.mark.slow
 def test_when_none_can_be_used_the_result_is_trained_anew(
-    interrupted: Interrupted, expected: Undisturbed, tmp_path: Path
+    interrupted: Interrupted, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     environment, folder = interrupted.copy(tmp_path)
     older, newest = interrupted.names
@@ -144,11 +136,10 @@ def test_when_none_can_be_used_the_result_is_trained_anew(
     for name, junk in zip(names, strays, strict=True):
         (folder / name).write_bytes(junk)
     (folder / "notes.txt").write_text("no checkpoint at all")
-    done = run_job(environment)
-    assert done.code == 0, done.errors
+    done = completed(environment)
     assert set(refused(done)) == {older, newest, *names}
     assert field(done, "resumed_at") == []
-    manifest = assert_same(run_folder(tmp_path / "output"), expected.folder, ["scratch"])
+    manifest = assert_same(run_folder(tmp_path / "output"), undisturbed.folder, ["scratch"])
     assert manifest["results"][0]["resumed"] == 0
     assert not checkpoints_in(tmp_path / "output")
 
@@ -166,7 +157,7 @@ def renamed(name: str, step: int, content: bytes) -> str:
 
 @pytest.mark.slow
 def test_a_checkpoint_of_other_settings_is_not_used(
-    interrupted: Interrupted, expected: Undisturbed, tmp_path: Path
+    interrupted: Interrupted, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     environment, _ = interrupted.copy(tmp_path)
     output = tmp_path / "output"
@@ -181,7 +172,7 @@ def test_a_checkpoint_of_other_settings_is_not_used(
     left = {path.name for path in checkpoints_in(output)}
     theirs = left - set(interrupted.names)
     assert theirs
-    done, result = finish(environment, expected)
+    done, result = finish(environment, undisturbed)
     reasons = refused(done)
     # those of its own that are still there are used
     assert {name for name, reason in reasons.items() if "settings" in reason} <= theirs
@@ -196,13 +187,13 @@ def test_a_checkpoint_of_other_settings_is_not_used(
 @pytest.mark.parametrize("place", ["empty", pytest.param("absent", marks=pytest.mark.slow)])
 @pytest.mark.slow
 def test_a_folder_without_checkpoints_is_a_beginning(
-    interrupted: Interrupted, expected: Undisturbed, tmp_path: Path, place: str
+    interrupted: Interrupted, undisturbed: Undisturbed, tmp_path: Path, place: str
 ) -> None:
     environment, folder = interrupted.copy(tmp_path)
     shutil.rmtree(folder)
     if place == "empty":
         folder.mkdir()
-    done, result = finish(environment, expected)
+    done, result = finish(environment, undisturbed)
     assert refused(done) == {}
     assert field(done, "resumed_at") == []
     assert result["resumed"] == 0
@@ -222,10 +213,10 @@ def _flip(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_finished(expected: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
+def two_finished(undisturbed: Undisturbed, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], Path]:
     """A run that was killed when frozen and scratch were finished and fine_tune had begun."""
     output = tmp_path_factory.mktemp("two-finished")
-    environment = expected.environment | {"TRANSFER_OUTPUT_URI": str(output), "TRANSFER_RUN_ID": RUN_ID}
+    environment = undisturbed.environment | {"TRANSFER_OUTPUT_URI": str(output), "TRANSFER_RUN_ID": RUN_ID}
     kill = ended(environment, Moment("begins", "fine_tune 1"), moments(), signal.SIGKILL)
     assert kill is not None
     return environment, output
@@ -244,20 +235,19 @@ def two_finished(expected: Undisturbed, tmp_path_factory: pytest.TempPathFactory
 )
 @pytest.mark.slow
 def test_a_finished_result_that_was_damaged_is_trained_again(
-    two_finished: tuple[dict[str, str], Path], expected: Undisturbed, tmp_path: Path, pattern: str, damage: Damage
+    two_finished: tuple[dict[str, str], Path], undisturbed: Undisturbed, tmp_path: Path, pattern: str, damage: Damage
 ) -> None:
     environment, output = two_finished
     shutil.copytree(output, tmp_path / "output")
     found = [path for path in (tmp_path / "output").glob(pattern) if path.is_file()]
     assert found, sorted((tmp_path / "output").rglob("*"))
     damage(found[0])
-    done = run_job(environment | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")})
-    assert done.code == 0, done.errors
+    done = completed(environment | {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")})
     messages = [line["message"] for line in done.lines]
     assert not any(message.startswith("scratch:") and "finished before" in message for message in messages)
     assert any(message.startswith("frozen:") and "finished before" in message for message in messages)
     warnings = [line["message"] for line in done.lines if line["severity"] == "WARNING"]
     assert any("scratch-fraction-1-seed-0 is trained again" in message for message in warnings), warnings
     run = run_folder(tmp_path / "output")
-    assert_same(run, expected.folder)
+    assert_same(run, undisturbed.folder)
     assert run_job({}, "verify", str(run)).code == 0

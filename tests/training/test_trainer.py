@@ -25,7 +25,7 @@ from job.models.frozen_features import mean_and_deviation
 from job.models.inference import INFERENCE_BATCH, run_over
 from job.models.randomness import derived_seed
 from job.models.recalibration import Recalibrator, assign, statistics
-from job.settings.environment import TrainingSettings
+from job.settings.groups import TrainingSettings
 from job.training.checkpoints import Checkpoint, Checkpoints
 from job.training.stages import Stage
 from job.training.steps import whole_feed
