@@ -16,7 +16,8 @@ from job.errors import Problem
 from job.experiment.disk import Space
 from job.machine.limits import gigabytes
 from job.models.cuts import bytes_of_weights, inputs_of, last_uses, outputs_of
-from job.models.inference import INFERENCE_BATCH
+from job.models.frozen_features import HELD_SHARE
+from job.models.inference import IN_FLIGHT, INFERENCE_BATCH
 
 # Python, TensorFlow, Keras and TFDS, once they have decoded photos and written a SavedModel of next to nothing. Their
 # code, another 400 MB, is not counted: it is read from files again where memory is short.
@@ -28,10 +29,6 @@ _PROCESS_WITH_GPU = 2500 * 10**6
 _PER_OPERATION = 10**6
 # Ids and digests of an example, as Python keeps them.
 _PER_EXAMPLE = 250
-# Forward passes that are under way at once (``inference.in_batches``).
-_PASSES = 2
-# Pooled rows are held in memory where they take at most this part of it (``frozen_features.Features``).
-_HELD_SHARE = 8
 # Copies of a grouped convolution's patches in a training step: forward, backward, and layers that overlap.
 _GROUPED_STEP = 3
 # Copies of a photo, in float32, while it is changed at random (``augmentation``).
@@ -178,14 +175,14 @@ def memory_needed(
             per_image = max(per_image, _kept_for_gradients(part) + widest + frozen)
     pooled = 4 * backbone.output_shape[-1] if any(ARMS[arm].pretrained for arm in phases) else 0
     # once while their deviation is taken; and where they are held, as rows and as a tensor
-    pooled *= 3 if examples * pooled <= limit // _HELD_SHARE else 1
+    pooled *= 3 if examples * pooled <= limit // HELD_SHARE else 1
     fixed += 2 * everything + _PER_OPERATION * len(operations)
     return Memory(
         fixed=fixed + (_PROCESS_WITH_GPU if gpu else _PROCESS),
         rows=examples * (_PER_EXAMPLE + pooled),
         per_image=0 if gpu else per_image,
         batch=batch,
-        forward=0 if gpu else _PASSES * INFERENCE_BATCH * _of_pass(backbone),
+        forward=0 if gpu else IN_FLIGHT * INFERENCE_BATCH * _of_pass(backbone),
         limit=limit,
     )
 

@@ -30,6 +30,8 @@ from job.models.inference import INFERENCE_BATCH, in_batches
 logger = logging.getLogger(__name__)
 
 VARIANCE_FLOOR = 0.1
+# Pooled rows are held in memory where they take at most this part of it.
+HELD_SHARE = 8
 _WHOLE = "1-of-1"
 # Rows that may lie on a GPU, whose memory TensorFlow cannot tell: little beside the 16 GB of the smallest in use.
 _GPU_BYTES = 2 * 2**30
@@ -191,7 +193,7 @@ class Features:
         feature maps stay on disk on a CPU: the page cache holds them if anything can, reading ahead hides the rest,
         and the memory in use does not grow with the photos. A GPU's step is short enough to want them beside it.
         """
-        small = rows.nbytes <= memory_left() // 8
+        small = rows.nbytes <= memory_left() // HELD_SHARE
         on_device = self._gpu and rows.nbytes <= _GPU_BYTES
         return rows.load() if small and (cut.name == POOLED or on_device) else rows
 
