@@ -49,7 +49,9 @@ class Steps:
         """Take a fresh keras optimizer; nothing is traced before the first call. The rows of ``stage`` are not kept."""
         phase, (cut, _) = stage.phase, stage.stepped
         augment = stage.augmented.augment if stage.augmented else None
-        loss_sum, correct = self._sums = tf.Variable(0.0), tf.Variable(0, dtype=tf.int32)
+        # int64: TensorFlow keeps int32 variables on the host, where a step that XLA compiles for a GPU may not reach
+        # them (tensorflow#53192)
+        loss_sum, correct = self._sums = tf.Variable(0.0), tf.Variable(0, dtype=tf.int64)
         self._agreed = tf.Variable(tf.zeros([2]))
         self._replicas = replicas = classifier.replicas
         variables = classifier.trainable_variables(phase.trains)
@@ -95,7 +97,7 @@ class Steps:
                 for layer, mean, variance in zip(layers, moments[::2], moments[1::2], strict=True):
                     layer.average(mean, variance)
                 loss_sum.assign_add(losses)
-                correct.assign_add(tf.cast(hits, tf.int32))
+                correct.assign_add(tf.cast(hits, tf.int64))
                 self._agreed.assign(agreed)
                 return (i + 1,)
 
