@@ -16,7 +16,7 @@ from job.arms import ARMS, about
 from job.manifest import Comparison, Manifest, Result
 from job.results.formatting import SHOWN_CLASSES, classes_shown, rounded, templates
 from job.results.statistics import CALIBRATION_BINS
-from job.settings.environment import recipe
+from job.settings.environment import hyperparameters
 
 # What Markdown takes for more than text: anywhere, before a name, at a word's edge, and where a line begins.
 _MARKUP = re.compile(r"[\\`*\[\]|~$]|[<&](?=[\w/!?#])|(?<!\w)_|_(?!\w)|^[-+>#=]|(?<=^\d)[.)]|(?<=^\d\d)[.)]")
@@ -57,7 +57,7 @@ def _cell(result: Result) -> tuple[str, float]:
 
 def _recipe(manifest: Manifest, result: Result) -> list[tuple[str, str]]:
     """Return what was set, in words; settings that do not concern the arm or are at nothing are left out."""
-    given, words = manifest.settings, recipe()
+    given, words = manifest.settings, hyperparameters()
     return [
         (words[name], ", ".join(map(str, value)) if isinstance(value := given[name], list) else str(value))
         for name in dict.fromkeys((*_FIRST, *words))

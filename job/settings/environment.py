@@ -86,7 +86,7 @@ _SETTINGS = sorted(
 _NAMES = {declared.variable.removeprefix(PREFIX): declared.variable for declared in _SETTINGS}
 
 
-def recipe() -> dict[str, str]:
+def hyperparameters() -> dict[str, str]:
     """Return what the settings are called that say how a model is built and trained, by their lower-case names."""
     return {declared.name: declared.role.recipe for declared in _SETTINGS if declared.role.recipe}
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from job.errors import JobError
 from job.manifest import Epoch, Result
 from job.results import event_files
-from job.settings.environment import recipe
+from job.settings.environment import hyperparameters
 from job.storage.local import LocalStore
 from job.storage.store import Store
 
@@ -33,7 +33,7 @@ class Told(Protocol):
 def hparams(settings: Mapping[str, Any], arm: str, fraction: float, seed: int) -> Hparams:
     """Return what TensorBoard's table shows of one result, from the resolved ``settings``."""
     found: Hparams = {"arm": arm, "train_fraction": fraction, "seed": seed}
-    for name in recipe():
+    for name in hyperparameters():
         value = settings[name]
         if value is not None:
             found[name] = ",".join(map(str, value)) if isinstance(value, list | tuple) else value
