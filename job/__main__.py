@@ -45,7 +45,7 @@ def _env() -> int:
 
 
 def _work(*, plan_only: bool) -> int:
-    from job.machine import console, limits
+    from job.machine import console, limits, standard_error
     from job.settings import environment
 
     _log(environment.log_format())
@@ -53,7 +53,7 @@ def _work(*, plan_only: bool) -> int:
     limits.require_memory()
     screen = console.start(chosen.runtime.log_format)
     environment.quiet_tensorflow()
-    with console.quiet_standard_error():
+    with standard_error.held_back():
         from job.experiment import run
         from job.machine import runtime
 

@@ -46,7 +46,10 @@ class Record(BaseModel):
 
 
 class Environment(Record):
-    """What the run ran on."""
+    """What the run ran on.
+
+    tf32: whether products of float32 were taken of TF32's 10 bits. xla: whether XLA compiled training steps.
+    """
 
     python: str
     tensorflow: str
@@ -56,6 +59,7 @@ class Environment(Record):
     devices: tuple[str, ...]
     workers: Annotated[int, Field(ge=1)]
     precision: str
+    tf32: bool = False
     xla: bool
     deterministic: bool
 
@@ -239,8 +243,8 @@ class Result(Record):
     """One (arm, train_fraction, seed).
 
     most_wrong: the test examples with the highest losses among those it got wrong, at most 12, the highest first.
-    examples_per_second: in the last phase's training steps, but for the first. energy_joules: of the devices while it
-    was trained, evaluated and exported; absent where they do not tell.
+    examples_per_second: in the last phase's training steps, but for the first. xla: whether XLA compiled some of them.
+    energy_joules: of the devices while it was trained, evaluated and exported; absent where they do not tell.
     """
 
     arm: str
@@ -256,6 +260,7 @@ class Result(Record):
     rows: RowsRead
     seconds: Durations
     examples_per_second: Annotated[float, Field(ge=0)]
+    xla: bool = False
     energy_joules: Annotated[float, Field(ge=0)] | None = None
     cost: Annotated[float, Field(ge=0)] | None = None
     saved_model: str

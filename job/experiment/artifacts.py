@@ -54,7 +54,8 @@ def record(
             devices=machine.devices,
             workers=machine.replicas.workers,
             precision=machine.precision,
-            xla=machine.xla,
+            tf32=machine.tf32,
+            xla=any(each.result.xla for each in finished),
             deterministic=machine.deterministic,
         ),
         dataset=manifest.Dataset(

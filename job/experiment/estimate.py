@@ -79,6 +79,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "devices": list(machine.devices),
         "device_proof": machine.proof,
         "precision": machine.precision,
+        "tf32": machine.tf32,
         "xla": machine.xla,
         "dataset": f"{source.name}:{source.version}",
         "classes": len(source.classes),
@@ -124,7 +125,8 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "device proven", found["device_proof"]
     if found["workers"] > 1:
         yield "workers", f"{found['workers']}; times are those of one alone, disk and memory of each"
-    yield "precision", f"{found['precision']}, {'with' if found['xla'] else 'without'} XLA"
+    told = {"off": "without XLA", "auto": "with XLA where training finds it faster", "on": "with XLA"}[found["xla"]]
+    yield "precision", f"{found['precision']}{' (TF32)' if found['tf32'] else ''}, {told}"
     yield "arms", ", ".join(found["arms"])
     if "fine_tune" in found["arms"]:
         yield "fine_tune trains from", found["fine_tune_from"]

@@ -84,9 +84,7 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
         "weights": weights.sha256 if weights else None,
         "versions": {"job": job.__version__, "tensorflow": tf.__version__, "keras": keras.__version__},
     }
-    mark = fingerprint(
-        {"settings": settings.deciding(), "precision": machine.precision, "xla": machine.xla, **identity}
-    )
+    mark = fingerprint({**_arithmetic(machine), "settings": settings.deciding(), **identity})
     machine.replicas.agree("TF_CONFIG", "the fingerprint of settings, data, weights and versions", mark[:12])
     run_id = settings.output.run_id or f"{source.name.replace('/', '-')}-{settings.model.backbone}-{mark[:12]}"
     places = opened.of(run_id)
@@ -127,6 +125,12 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
     )
 
 
+def _arithmetic(machine: Runtime) -> dict[str, Any]:
+    """Return what is known before training of how the machine computes. TF32 has 10 bits where float32 has 23."""
+    known: dict[str, Any] = {"precision": machine.precision, "xla": machine.xla == "on"}
+    return known | {"tf32": True} if machine.tf32 else known
+
+
 def _rows_key(settings: Settings, machine: Runtime, source: Source, identity: Mapping[str, Any]) -> dict[str, Any]:
     model, row, replicas = settings.model, BACKBONES[settings.model.backbone], machine.replicas
     return {
@@ -136,7 +140,7 @@ def _rows_key(settings: Settings, machine: Runtime, source: Source, identity: Ma
         "backbone": row.name,
         "truncate_at": model.truncate_at,
         "preprocessing": row.module,
-        "precision": machine.precision,
+        "precision": "tf32" if machine.tf32 else machine.precision,
         "device": "GPU" if machine.gpu else "CPU",
         **identity,
     }

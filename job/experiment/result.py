@@ -27,6 +27,7 @@ from job.machine.energy import Meter
 from job.models import backbones, export
 from job.models.classifier import Classifier, Head
 from job.models.frozen_features import Computed, Features, mean_and_deviation
+from job.models.fused_batch_norm import unfuse_when_frozen
 from job.models.randomness import derived_seed
 from job.stopping import stop_if_asked
 from job.training.augmentation import augmenter
@@ -39,6 +40,8 @@ from job.training.trainer import Saving, Trained, Trainer
 logger = logging.getLogger(__name__)
 
 MOST_WRONG = 12
+# Of a GPU's memory, rows that stay on it take at most this part; the other is for what steps compute.
+_SHARE_FOR_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Experiment:
         if settings.runtime.feature_cache == "auto":
             cache = RowCache(row_cache.folder_in(settings.runtime.cache_dir or folder))
         replicas = plan.runtime.replicas
-        self._features = Features(pixels, parts, cache, plan.rows_key, console, gpu=plan.runtime.gpu, replicas=replicas)
+        self._features = Features(pixels, parts, cache, plan.rows_key, console, replicas)
         self._exporter = export.Exporter(plan.source.classes)
         self._trained: tuple[Arm, Trainer] | None = None
         self._single: Classifier | None = None
@@ -152,6 +155,7 @@ class Experiment:
             rows=_rows_read(last),
             seconds=seconds,
             examples_per_second=_rate(trained),
+            xla=trained.xla,
             energy_joules=_used(energy, self._meter.joules()) if not trained.resumed else None,
             cost=None if price is None else seconds.total / 3600 * price,
             saved_model=f"{where}/saved_model",
@@ -203,8 +207,17 @@ class Experiment:
         fresh = self._classifier(arm, seed)
         if self._trained is None or self._trained[0] is not arm:
             self._trained = None  # frees the last arm's memory before the next takes its own
-            training = self._plan.settings.training
-            self._trained = arm, Trainer(arm.name, fresh, training, self._console, xla=self._plan.runtime.xla)
+            settings, machine = self._plan.settings, self._plan.runtime
+            trainer = Trainer(
+                arm.name,
+                fresh,
+                settings.training,
+                self._console,
+                xla=machine.xla,
+                device_bytes=machine.gpu_bytes // _SHARE_FOR_ROWS,
+                results=len(settings.data.train_fractions) * len(settings.training.seeds),
+            )
+            self._trained = arm, trainer
         else:
             self._trained[1].classifier.set_weights(fresh)
         trainer = self._trained[1]
@@ -234,9 +247,12 @@ class Experiment:
         head = Head(len(self._classes), model.head_units, model.dropout)
         preprocess, replicas = backbones.preprocessing(plan.network.row), plan.runtime.replicas
         with replicas.scope():
-            return Classifier(
+            classifier = Classifier(
                 backbone, preprocess, head, plan.network.first_trainable, plan.network.cut.operation, replicas
             )
+        if plan.runtime.deterministic and plan.runtime.gpu:
+            unfuse_when_frozen(classifier.batch_norms())
+        return classifier
 
     def _rows(self, arm: Arm, classifier: Classifier, part: Part, split: str) -> Rows:
         return self._features.rows(classifier, part, split) if arm.pretrained else self._pixels[split]

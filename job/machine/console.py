@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,28 +98,6 @@ class Console:
         for row in rows:
             table.add_row(*row)
         self.rich.print(table)
-
-
-@contextmanager
-def quiet_standard_error() -> Iterator[None]:
-    """Hold back what the block writes to file descriptor 2, and write it out if the block fails.
-
-    TensorFlow's native code prints notices there while it is loaded and when it first looks for devices, some of them
-    before any setting of its own could silence them: ten lines about instructions and drivers around our first line.
-    """
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        except BaseException:
-            held.seek(0)
-            os.write(kept, held.read())
-            raise
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def start(log_format: str, stream: TextIO | None = None) -> Console:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
@@ -86,9 +87,10 @@ class Replicas:
         """Return the scope in which the model's variables are made, in the same order by every worker."""
         return self._strategy.scope() if self._strategy else contextlib.nullcontext()
 
-    def total(self, function: Callable[[int], tuple[Tensors, Tensors]]) -> tuple[Tensors, Tensors]:
-        """Return the sums over all replicas of the first tensors of ``function``, and this worker's second ones.
+    def total(self, function: Callable[[int], tuple[Tensors, Tensors]]) -> list[tuple[Tensors, Tensors]]:
+        """Return the sums over all replicas of the first tensors of ``function``, and the second ones as they are.
 
+        One pair for each replica of this worker, on its device: the sums are equal, and none goes through the host.
         For use in a tf.function, in the same order by every worker.
 
         Args:
@@ -96,20 +98,36 @@ class Replicas:
                 tensors that are the same on every replica. Where there are several, it assigns to no variable.
         """
         if self._strategy is None:
-            return function(0)
-        shapes: list[tf.TensorShape] = []
+            return [function(0)]
+        strategy, shapes = self._strategy, list[tf.TensorShape]()
 
         def replica() -> tuple[tf.Tensor, Tensors]:
             summed, own = function(self._number())
             shapes[:] = [tensor.shape for tensor in summed]
             # one long vector: each reduction costs a round trip of the network
-            return tf.concat([tf.reshape(tensor, [-1]) for tensor in summed], axis=0), own
+            joined = tf.concat([tf.reshape(tensor, [-1]) for tensor in summed], axis=0)
+            return sum_over_replicas(joined), own
 
-        joined, own = self._strategy.run(replica)
-        total = self._strategy.reduce(tf.distribute.ReduceOp.SUM, joined, axis=None)
-        parts = tf.split(total, [shape.num_elements() for shape in shapes])
-        first = [self._strategy.experimental_local_results(tensor)[0] for tensor in own]
-        return [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)], first
+        joined, own = strategy.run(replica)
+        found = []
+        for number, total in enumerate(strategy.experimental_local_results(joined)):
+            with tf.device(self._devices[number]):
+                parts = tf.split(total, [shape.num_elements() for shape in shapes])
+                sums = [tf.reshape(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+            found.append((sums, [strategy.experimental_local_results(tensor)[number] for tensor in own]))
+        return found
+
+    def on_each_device(self) -> Iterator[int]:
+        """Yield the number of each replica of this worker, from 0, within the scope of its device."""
+        for number, device in enumerate(self._devices):
+            with tf.device(device):
+                yield number
+
+    def own(self, variable: keras.Variable, number: int) -> tf.Variable:
+        """Return the copy of a variable of the model that replica ``number`` of this worker holds."""
+        if self._strategy is None:
+            return variable.value
+        return self._strategy.experimental_local_results(variable.value)[number]
 
     def each(self, function: Function, batches: Tensors) -> list[Tensors]:
         """Return the tensors that ``function`` makes of each of ``batches``, one for each device of this worker.
@@ -134,14 +152,6 @@ class Replicas:
 
         compiled: _OnEach = tf.function(on_each, autograph=False, reduce_retracing=True)
         return compiled
-
-    def copies(self, *arrays: npt.NDArray[Any]) -> list[tuple[tf.Tensor, ...]]:
-        """Return a copy of the arrays on each device of this worker."""
-        found = []
-        for device in self._devices:
-            with tf.device(device):
-                found.append(tuple(tf.identity(tf.constant(array)) for array in arrays))
-        return found
 
     def _number(self) -> int:
         """Return which of this worker's replicas is being traced."""

@@ -1,18 +1,18 @@
-"""The machine: devices, precision, XLA, determinism and seeds."""
+"""The machine: devices, precision, XLA and determinism."""
 
 from __future__ import annotations
 
 import logging
 import os
 import platform as machine
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.client import device_lib
 
 from job.errors import ConfigError, first_line
 from job.machine import gpu_diagnosis
@@ -21,8 +21,10 @@ from job.settings.groups import PlatformSettings, RuntimeSettings
 
 logger = logging.getLogger(__name__)
 
-# The probe's repeats differ by some percent, and half precision costs digits: it must be clearly faster.
-_WORTHWHILE_GAIN = 1.2
+# From this compute capability on, a GPU multiplies float32 with TF32's 10 bits unless it is told not to.
+_TF32_SINCE = (8, 0)
+# From this one on, it has units for half precision; before, float16 is slower than float32 and bfloat16 emulated.
+_HALF_SINCE = (7, 0)
 # The largest error accepted of sums whose deviation is 1: a GPU multiplies with TF32's 10 bits and errs by 0.003.
 _PROOF_TOLERANCE = 0.02
 
@@ -32,16 +34,19 @@ class Runtime:
     """What was decided about the machine.
 
     devices: a readable name each. precision: float32, mixed_float16 or mixed_bfloat16. xla: whether steps are
-    compiled by XLA. deterministic: whether every op repeats bit for bit. gpu: whether it trains on one. cores: of the
-    CPU, that this process may use. proof: what the device was seen to compute, as a sentence. replicas: the
-    devices that train together.
+    compiled by XLA; auto where that is found out in training. deterministic: whether every op repeats bit for bit.
+    gpu: whether it trains on one. gpu_bytes: of memory that TensorFlow may take on the smallest; 0 without one. tf32:
+    whether products of float32 are taken of 10 bits. cores: of the CPU, that this process may use. proof: what the
+    device was seen to compute, as a sentence. replicas: the devices that train together.
     """
 
     devices: tuple[str, ...]
     precision: str
-    xla: bool
+    xla: Literal["off", "auto", "on"]
     deterministic: bool
     gpu: bool = False
+    gpu_bytes: int = 0
+    tf32: bool = False
     cores: int = 1
     proof: str = ""
     replicas: Replicas = field(default_factory=Replicas)
@@ -50,10 +55,13 @@ class Runtime:
 def start(settings: RuntimeSettings, platform: PlatformSettings | None = None, *, alone: bool = False) -> Runtime:
     """Claim the devices, join the other workers, and set precision and determinism for the whole process.
 
-    On a CPU, auto means float32 without XLA: XLA was 11 times slower there for MobileNetV2's forward pass and 6 times
-    for training, and bfloat16 gained nothing. On a GPU it means XLA where it compiles, and half precision where a
-    short probe is faster in it: depthwise convolutions can be slower. Several devices take no XLA: it cannot compile
-    what exchanges values between them.
+    Precision auto means float32, in which a GPU that has TF32 multiplies by it. It is a rule, not a probe: the
+    fingerprint holds the precision, and what is decided by a race could come out differently when a killed run goes on.
+    Half precision is for those who ask for it; ``plan`` tells on a GPU what it would gain.
+
+    XLA auto means none on a CPU: it was 11 times slower there for MobileNetV2's forward pass and 6 times for training.
+    On a GPU training finds out (``training.compilation``), but not with several devices, where XLA cannot compile what
+    exchanges values between them, nor where results are to be reproducible.
 
     Args:
         settings: of the machine.
@@ -61,8 +69,8 @@ def start(settings: RuntimeSettings, platform: PlatformSettings | None = None, *
         alone: whether the other workers are left alone.
 
     Raises:
-        ConfigError: a device does not compute what NumPy does, a GPU was to be had and cannot be used, XLA is asked for
-            and cannot compile, or the workers do not fit each other.
+        ConfigError: a device does not compute what NumPy does, a GPU was to be had and cannot be used, XLA or half
+            precision is asked for and cannot be had, or the workers do not fit each other.
         UnavailableError: a worker went away while they met.
     """
     platform = platform or PlatformSettings()
@@ -81,29 +89,60 @@ def start(settings: RuntimeSettings, platform: PlatformSettings | None = None, *
     several = replicas.count > 1 or platform.cluster is not None
     proofs = [prove(f"{kind}:{number}") for number in range(replicas.local)]
     device = f"{kind}:0"
-    xla = settings.xla == "on" or (settings.xla == "auto" and bool(gpus) and not several)
-    if xla and (fault := "several devices train together" if several else xla_fault(device)) is not None:
-        if settings.xla == "on":
+    xla: Literal["off", "auto", "on"] = settings.xla
+    if xla == "auto" and (not gpus or several or settings.deterministic):
+        xla = "off"
+    if xla != "off" and (fault := "several devices train together" if several else xla_fault(device)) is not None:
+        if xla == "on":
             raise ConfigError.of(
                 "TRANSFER_XLA",
                 f"received 'on', but XLA cannot compile for {device}: {fault}. Use auto or off, or add what is missing "
                 "(for a GPU, ptxas and libdevice: the job's extra [gpu] brings them)",
             )
         logger.warning("XLA cannot compile for %s, so steps run without it: %s", device, fault)
-        xla = False
-    proof = f"{proofs[0]}, compiled by XLA too" if xla else proofs[0]
-    precision: str = settings.precision
-    if precision == "auto":
-        precision = "mixed_float16" if gpus and half_precision_gain(device) >= _WORTHWHILE_GAIN else "float32"
-        # a probe may come out differently on another worker
-        precision = replicas.from_chief(precision.encode()).decode()
+        xla = "off"
+    proof = proofs[0] if xla == "off" else f"{proofs[0]}, compiled by XLA too"
+    capability = _capability(gpus)
+    precision = "float32" if settings.precision == "auto" else settings.precision
+    if gpus and precision != "float32" and capability < _HALF_SINCE:
+        raise ConfigError.of(
+            "TRANSFER_PRECISION",
+            f"received '{precision}', but the GPU's compute capability is {capability[0]}.{capability[1]}, and half "
+            f"precision needs {_HALF_SINCE[0]}.{_HALF_SINCE[1]}; accepted here: auto, float32",
+        )
+    # the driver's own switch, which every library of NVIDIA's heeds
+    tf32 = bool(gpus) and capability >= _TF32_SINCE and platform.nvidia_tf32_override != "0"
+    tf.config.experimental.enable_tensor_float_32_execution(tf32)
     keras.config.set_dtype_policy(precision)
     if settings.deterministic:
         tf.config.experimental.enable_op_determinism()
     told = replicas.gather("\n".join(_device_names(gpus, replicas.local)).encode())
     names = tuple(name for names in told for name in names.decode().split("\n"))
     cores = len(os.sched_getaffinity(0))
-    return Runtime(names, precision, xla, settings.deterministic, bool(gpus), cores, proof, replicas)
+    return Runtime(
+        devices=names,
+        precision=precision,
+        xla=xla,
+        deterministic=settings.deterministic,
+        gpu=bool(gpus),
+        gpu_bytes=_gpu_bytes() if gpus else 0,
+        tf32=tf32,
+        cores=cores,
+        proof=proof,
+        replicas=replicas,
+    )
+
+
+def _capability(gpus: list[tf.config.PhysicalDevice]) -> tuple[int, int]:
+    """Return the lowest compute capability among the GPUs; (0, 0) without one, or of one that does not tell."""
+    details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+    return min((detail.get("compute_capability", (0, 0)) for detail in details), default=(0, 0))
+
+
+def _gpu_bytes() -> int:
+    """Return the bytes that TensorFlow may take on the GPU with the fewest."""
+    limits = [each.memory_limit for each in device_lib.list_local_devices() if each.device_type == "GPU"]
+    return int(min(limits, default=0))
 
 
 def _logical_devices() -> tuple[str, ...]:
@@ -184,36 +223,3 @@ def xla_fault(device: str) -> str | None:
         return f"a convolution for it was computed on {compiled.device}"
     # sums of 36 products, whose deviation is 6
     return None if off <= 6 * _PROOF_TOLERANCE else f"its convolution is {off:.2g} away from the uncompiled one"
-
-
-def half_precision_gain(device: str) -> float:
-    """Return how many times as fast a training step of separable convolutions is in float16 as in float32."""
-    seconds = {}
-    for dtype in (tf.float32, tf.float16):
-        with tf.device(device):
-            x = tf.ones([32, 28, 28, 192], dtype)
-            depthwise, pointwise = tf.ones([3, 3, 192, 1], dtype), tf.ones([1, 1, 192, 192], dtype) / 192
-        step = _separable_step(x, depthwise, pointwise)
-        times = []
-        for _ in range(7):
-            start = time.perf_counter()
-            step().numpy()
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = statistics.median(times[2:])  # the first ones choose kernels
-    return seconds[tf.float32] / seconds[tf.float16]
-
-
-def _separable_step(x: tf.Tensor, depthwise: tf.Tensor, pointwise: tf.Tensor) -> Callable[[], tf.Tensor]:
-    @tf.function(autograph=False)  # type: ignore[untyped-decorator]
-    def step() -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            tape.watch([depthwise, pointwise])
-            y = x
-            for _ in range(4):
-                y = tf.nn.depthwise_conv2d(y, depthwise / 9, [1, 1, 1, 1], "SAME")
-                y = tf.nn.relu6(tf.nn.conv2d(y, pointwise, 1, "SAME"))
-            loss = tf.reduce_mean(tf.cast(y, tf.float32))
-        return tf.add_n([tf.reduce_sum(gradient) for gradient in tape.gradient(loss, [depthwise, pointwise])])
-
-    compiled: Callable[[], tf.Tensor] = step
-    return compiled

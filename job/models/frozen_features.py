@@ -33,8 +33,6 @@ VARIANCE_FLOOR = 0.1
 # Pooled rows are held in memory where they take at most this part of it.
 HELD_SHARE = 8
 _WHOLE = "1-of-1"
-# Rows that may lie on a GPU, whose memory TensorFlow cannot tell: little beside the 16 GB of the smallest in use.
-_GPU_BYTES = 2 * 2**30
 
 
 class Computed:
@@ -75,22 +73,19 @@ class Features:
         cache: RowCache | None,
         key: Mapping[str, Any],
         console: Console,
-        *,
-        gpu: bool = False,
         replicas: Replicas | None = None,
     ) -> None:
         """Take the decoded splits (values uint8 [n, size, size, 3]).
 
         parts: what the run's arms train beside scratch, in order of computation: TAIL before HEAD. cache: where rows
         are kept; None has frozen layers run at every reading. key: what decides rows beside split and cut (plain
-        values). gpu: rows that fit are read into memory as a whole, to be put on the device.
+        values).
         """
         self._pixels = pixels
         self._parts = tuple(parts)
         self._cache = cache
         self._key = key
         self._console = console
-        self._gpu = gpu
         self._replicas = replicas or Replicas()
         self._rows: dict[tuple[str, str], Rows] = {}
         self._functions: dict[tuple[str, ...], Function] = {}
@@ -191,11 +186,10 @@ class Features:
 
         Pooled rows (5 KB for MobileNetV2) are stepped over in a millisecond, so reading them would show. Rows of
         feature maps stay on disk on a CPU: the page cache holds them if anything can, reading ahead hides the rest,
-        and the memory in use does not grow with the photos. A GPU's step is short enough to want them beside it.
+        and the memory in use does not grow with the photos. (A GPU's step is short enough to want them beside it:
+        training puts them there.)
         """
-        small = rows.nbytes <= memory_left() // HELD_SHARE
-        on_device = self._gpu and rows.nbytes <= _GPU_BYTES
-        return rows.load() if small and (cut.name == POOLED or on_device) else rows
+        return rows.load() if cut.name == POOLED and rows.nbytes <= memory_left() // HELD_SHARE else rows
 
 
 def _name(key: Mapping[str, Any]) -> str:

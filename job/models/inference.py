@@ -42,7 +42,9 @@ def in_batches(
 
     def compute(group: Sequence[npt.NDArray[np.int64]]) -> list[list[npt.NDArray[Any]]]:
         filled = [*group, *[group[-1]] * (replicas.local - len(group))]
-        tensors = [tf.constant(values[np.resize(chosen, INFERENCE_BATCH)]) for chosen in filled]
+        tensors = [
+            tf.constant(values[np.resize(filled[number], INFERENCE_BATCH)]) for number in replicas.on_each_device()
+        ]
         results = replicas.each(function, tensors)
         return [
             [np.asarray(each)[: len(chosen)] for each in result] for chosen, result in zip(group, results, strict=False)

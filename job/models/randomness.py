@@ -25,13 +25,13 @@ def derived_seed(seed: int, purpose: str, *counters: int) -> int:
 class Chance:
     """Where the random numbers of one step come from; no state, so that a resumed run draws the same.
 
-    seed: int32 [2], of the phase and the step. batch: int32 scalar, examples in the whole batch. places: int32 [n],
+    seed: int32 [2], of the phase and the step. batch: examples that a whole batch has at most. places: int64 [n],
     where in it the present rows stand: numbers belong to a place, however the batch is divided among replicas. Both
     None where the rows are the whole batch.
     """
 
     seed: tf.Tensor
-    batch: tf.Tensor | None = None
+    batch: int | None = None
     places: tf.Tensor | None = None
 
     def uniform(self, purpose: int, rows: tf.Tensor, width: int) -> tf.Tensor:

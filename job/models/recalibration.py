@@ -48,12 +48,12 @@ class Recalibrator:
                 if self._replicas.count == 1:
                     cut.tail(parts[replica], True)
                     return [], [moving.value for layer in self.layers for moving in _moving(layer)]
-                rows, weight = filled_up(parts[replica])
+                rows, weight = _filled_up(parts[replica])
                 with synchronised(weight) as over_all:
                     cut.tail(rows, True)
-                return [weight], [moment for _, *moments in over_all.moments for moment in moments]
+                return [tf.reduce_sum(weight)], [moment for _, *moments in over_all.moments for moment in moments]
 
-            _, moments = self._replicas.total(one)
+            _, moments = self._replicas.total(one)[0]
             return moments
 
         self._forward = tf.function(forward, input_signature=[shape] * self._replicas.local, autograph=False)
@@ -87,14 +87,15 @@ class Recalibrator:
         assign(self.layers, [(m.astype(np.float32), np.maximum(v, 0).astype(np.float32)) for m, v in pooled])
 
 
-def filled_up(rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return ``rows`` [n, ...] with a row of zeros where there is none, and the weight of what is there: 0.0 or 1.0.
+def _filled_up(rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return ``rows`` [n, ...] with a row of zeros where there is none, and each row's weight: 0.0 for that one.
 
     Operations differ in what they make of an empty batch; of one that counts for nothing they all make the same.
     """
     number = tf.shape(rows)[0]
     filling = tf.zeros(tf.concat([[tf.maximum(1 - number, 0)], tf.shape(rows)[1:]], axis=0), rows.dtype)
-    return tf.concat([rows, filling], axis=0), tf.cast(tf.minimum(number, 1), tf.float32)
+    filled = tf.concat([rows, filling], axis=0)
+    return filled, tf.cast(tf.range(tf.shape(filled)[0]) < number, tf.float32)
 
 
 def _moving(layer: keras.layers.BatchNormalization) -> tuple[keras.Variable, keras.Variable]:

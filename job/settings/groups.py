@@ -215,6 +215,11 @@ class PlatformSettings(Group):
     cuda_visible_devices: str | None = Field(
         None, validation_alias="CUDA_VISIBLE_DEVICES", description="the GPUs that may be used; -1: none, the CPU trains"
     )
+    nvidia_tf32_override: str | None = Field(
+        None,
+        validation_alias="NVIDIA_TF32_OVERRIDE",
+        description="0: GPUs multiply float32 with all its bits instead of TF32's 10",
+    )
     storage_emulator_host: str | None = Field(
         None, validation_alias="STORAGE_EMULATOR_HOST", description="address of a storage server to use for gs://"
     )

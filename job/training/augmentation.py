@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import tensorflow as tf
 
 from job.models.randomness import AUGMENTATION, Chance
@@ -58,7 +59,7 @@ def _resampled(images: tf.Tensor, axis: int, scale: tf.Tensor, shift: tf.Tensor)
     """
     size = images.shape[axis]
     centre = (size - 1) / 2
-    offsets = tf.range(size, dtype=tf.float32) - centre
+    offsets = np.arange(size, dtype=np.float32) - np.float32(centre)
     at = centre + offsets[None] * scale[:, None] + size * shift[:, None]
     # beyond an edge the photo is mirrored, its outermost pixel twice
     at = tf.math.floormod(at + 0.5, 2.0 * size)
@@ -66,6 +67,6 @@ def _resampled(images: tf.Tensor, axis: int, scale: tf.Tensor, shift: tf.Tensor)
     low = tf.minimum(tf.floor(at), size - 2.0)
     weight = at - low
     weight = weight[:, :, None, None] if axis == 1 else weight[:, None, :, None]
-    index = tf.cast(low, tf.int32)
-    below, above = (tf.gather(images, each, axis=axis, batch_dims=1) for each in (index, index + 1))
+    # int64: a GPU has no arithmetic of int32, which would go to the host and back
+    below, above = (tf.gather(images, tf.cast(each, tf.int64), axis=axis, batch_dims=1) for each in (low, low + 1.0))
     return below + weight * (above - below)

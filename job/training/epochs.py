@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
 
 from job.arms import Part
 from job.errors import ConfigError
@@ -22,16 +20,16 @@ from job.models.randomness import derived_seed
 from job.models.recalibration import Recalibrator
 from job.results.statistics import cross_entropy
 from job.stopping import asked_to_stop, stop, stop_if_asked
+from job.training.compilation import Compilation
+from job.training.feeds import Feeder
 from job.training.stages import Stage
-from job.training.steps import Feed, Index, Steps, whole_feed
+from job.training.steps import Steps
 
 # Rows over which BatchNorm statistics are re-estimated before each validation of an arm whose BatchNorm trains.
 VALIDATION_CALIBRATION_ROWS = 128
 # Several steps go into one call until a call takes this long. It bounds how late a stop or the bar is heeded, and at a
 # tenth of a millisecond a call it leaves Python a thousandth of the time.
 _SECONDS_PER_CALL = 0.2
-# Rows that are read ahead of a call, at most.
-_BYTES_AHEAD = 32 * 2**20
 
 
 class PhaseRun:
@@ -46,6 +44,8 @@ class PhaseRun:
         classifier: Classifier,
         stage: Stage,
         steps: Steps,
+        compilation: Compilation,
+        feeder: Feeder,
         batch_size: int,
         seed: int,
         recalibrator: Recalibrator | None,
@@ -53,6 +53,8 @@ class PhaseRun:
         self._recalibrator = recalibrator
         self._stage = stage
         self._steps = steps
+        self._compilation = compilation
+        self._feeder = feeder
         self._batch_size = batch_size
         self._seed = seed
         self._chance_seed = derived_seed(seed, f"steps of {stage.phase.name}")
@@ -64,23 +66,11 @@ class PhaseRun:
         self._epochs = 0
         self._epoch_seconds = 0.0
         self._epoch_start = time.perf_counter()
-        self._compiled = False
-        self._timed_images = 0
-        self._timed_seconds = 0.0
-        cut, self._stepped = stage.stepped
-        self._labels = self._stepped.labels[self._stepped.in_place()]
-        self._most_per_call = max(1, _BYTES_AHEAD // (cut.row_bytes * batch_size))
-        self._resident: list[tuple[tf.Tensor, tf.Tensor]] = []
-        if isinstance(self._stepped.values, np.ndarray):
-            self._resident = self._replicas.copies(self._stepped.values, self._labels)
-            self._most_per_call = len(stage.index)
-        if steps.most_per_call is not None:
-            self._most_per_call = steps.most_per_call
 
     @property
     def examples_per_second(self) -> float:
-        """Return the examples a second in steps so far, but for the first call, which compiles."""
-        return self._timed_images / self._timed_seconds if self._timed_images else math.nan
+        """Return the examples a second in steps so far, but for calls that compile."""
+        return self._compilation.examples_per_second
 
     @property
     def epoch_seconds(self) -> float:
@@ -127,82 +117,29 @@ class PhaseRun:
 
     def steps_over(self, order: npt.NDArray[np.int64], advance: Callable[[int], None]) -> None:
         """Step over the rows at ``order`` (int64 [n]) once; ``advance`` is told of every call's examples."""
+        total = self._stage.phase.epochs * -(-len(self._stage.index) // self._batch_size)
         before = time.perf_counter()
         fitting = self.per_call
-        for feeds, steps, batch in self._feed(self._calls(order)):
+
+        def next_call() -> tuple[int, bool]:
+            return self.per_call, self._compilation.padded(total - self.done)
+
+        for call in self._feeder.calls(order, next_call):
             if self._replicas.workers == 1:
                 stop_if_asked()
             # several workers stop after the same step, and take as many steps a call as the chief would
             votes = float(asked_to_stop()), float(fitting if self._replicas.is_chief else 0)
-            stops, steps_next = self._steps(feeds, batch, self._chance_seed, self.done, votes)
+            stops, steps_next = self._compilation.take(self._steps, call, self._chance_seed, self.done, votes)
             now = time.perf_counter()
-            if self._compiled:
-                self._timed_images += steps * batch
-                self._timed_seconds += now - before
-                fitting = min(max(1, int(_SECONDS_PER_CALL * steps / (now - before))), self._most_per_call)
-            self._compiled = True
+            if self._compilation.took(call, now - before):
+                fitting = min(max(1, int(_SECONDS_PER_CALL * call.steps / (now - before))), self._feeder.most_steps)
             self.per_call = int(steps_next) if self._replicas.workers > 1 else fitting
-            self.done += steps
-            self.images += steps * batch
-            advance(steps * batch)
+            self.done += call.steps
+            self.images += call.images
+            advance(call.images)
             if stops:
                 stop()
             before = time.perf_counter()
-
-    def _calls(self, order: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int64]]:
-        """Yield the batches of each call, int64 [steps, batch]; the last, smaller batch has a call of its own."""
-        whole = len(order) // self._batch_size
-        batches = order[: whole * self._batch_size].reshape(whole, self._batch_size)
-        at = 0
-        while at < whole:
-            call = batches[at : at + self.per_call]
-            at += len(call)
-            yield call
-        if whole * self._batch_size < len(order):
-            yield order[whole * self._batch_size :][None]
-
-    def _feed(self, calls: Iterator[npt.NDArray[np.int64]]) -> Iterator[tuple[list[Feed], int, int]]:
-        """Yield what each replica takes into each call, and the call's steps and batch size.
-
-        What a call takes is read while the call before computes.
-        """
-        with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as reader:
-            ahead = next(calls, None)
-            future = None if ahead is None else reader.submit(self._read, ahead)
-            while ahead is not None and future is not None:
-                feeds = future.result()
-                steps, batch = ahead.shape
-                ahead = next(calls, None)
-                future = None if ahead is None else reader.submit(self._read, ahead)
-                yield feeds, steps, batch
-
-    def _read(self, batches: npt.NDArray[np.int64]) -> list[Feed]:
-        """Divide ``batches`` (int64 [steps, batch]) among the replicas of this worker, of what it holds."""
-        rows, local = self._stepped, self._replicas.local
-        if self._replicas.count == 1:
-            position = rows.positions(batches.ravel())
-            index = position if self._resident else np.arange(len(position))
-            return [whole_feed(*self._rows(0, position), index.reshape(batches.shape))]
-        held = rows.held(batches)
-        divided = [np.array_split(np.flatnonzero(row), local) for row in held]
-        feeds = []
-        for replica in range(local):
-            places_of = [parts[replica] for parts in divided]
-            counts = np.array([len(places) for places in places_of])
-            position = rows.positions(np.concatenate([row[p] for row, p in zip(batches, places_of, strict=True)]))
-            index = position if self._resident else np.arange(len(position))
-            order, places = np.zeros((2, len(batches), max(1, counts.max())), np.int64)
-            filled = np.arange(order.shape[1]) < counts[:, None]
-            order[filled], places[filled] = index, np.concatenate(places_of)
-            indices = (tf.constant(each, tf.int32) for each in (order, places, counts))
-            feeds.append((*self._rows(replica, position), *indices))
-        return feeds
-
-    def _rows(self, replica: int, position: Index) -> tuple[tf.Tensor, tf.Tensor]:
-        if self._resident:
-            values, labels = self._resident[replica]
-            return values, labels
-        return tf.constant(self._stepped.values[position]), tf.constant(self._labels[position])
 
     def _validate(self, order: npt.NDArray[np.int64]) -> tuple[float, float]:
         """Return mean loss and accuracy on the validation rows.

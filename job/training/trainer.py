@@ -18,8 +18,9 @@ from job.settings.groups import TrainingSettings
 from job.stopping import deferred
 from job.training import checkpoints
 from job.training.checkpoints import Checkpoint, Checkpoints, Progress
+from job.training.compilation import Compilation, Mode
 from job.training.epochs import PhaseRun
-from job.training.optimizers import make_optimizer
+from job.training.feeds import Feeder, Residents
 from job.training.stages import Stage
 from job.training.steps import Steps
 
@@ -35,7 +36,7 @@ class Trained:
 
     images: examples stepped over. seconds: wall-clock time of it all, in every life of the run. examples_per_second: in
     the last phase's steps after the first call, which compiles, and without validation; NaN where there was no second
-    call in this life. resumed: how often training went on from a checkpoint.
+    call in this life. resumed: how often training went on from a checkpoint. xla: whether steps were compiled by XLA.
     """
 
     history: tuple[Epoch, ...]
@@ -43,6 +44,7 @@ class Trained:
     seconds: float
     examples_per_second: float
     resumed: int = 0
+    xla: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,18 +59,29 @@ class Trainer:
     """Trains one classifier, result after result: what is compiled for one serves the next."""
 
     def __init__(
-        self, name: str, classifier: Classifier, settings: TrainingSettings, console: Console, *, xla: bool = False
+        self,
+        name: str,
+        classifier: Classifier,
+        settings: TrainingSettings,
+        console: Console,
+        *,
+        xla: Mode = "off",
+        device_bytes: int = 0,
+        results: int = 1,
     ) -> None:
         """Take the classifier, whose variables may be set to other values between results, but not replaced.
 
-        name: the arm's, for the log and the bar.
+        name: the arm's, for the log and the bar. xla: whether steps are compiled by XLA; auto where that is faster.
+        device_bytes: that rows may take in the memory of a GPU; 0 on a CPU. results: how many are to be trained.
         """
         self.classifier = classifier
         self.name = name
         self._settings = settings
         self._console = console
-        self._xla = xla
-        self._steps: dict[Phase, tuple[int, Steps]] = {}
+        self._xla: Mode = xla
+        self._results = results
+        self._residents = Residents(classifier.replicas, device_bytes)
+        self._steps: dict[Phase, tuple[Steps, Compilation]] = {}
         self._recalibrator: Recalibrator | None = None
 
     def train(
@@ -101,8 +114,10 @@ class Trainer:
                 session.hold()
                 raise
             session.end()
+        self._results -= 1
         done = session.progress
-        return Trained(done.history, done.images, done.seconds, session.examples_per_second, done.resumed)
+        compiled = any(compilation.compiled for _, compilation in self._steps.values())
+        return Trained(done.history, done.images, done.seconds, session.examples_per_second, done.resumed, compiled)
 
     def _shared(self, found: Checkpoint | None) -> Checkpoint | None:
         """Return the chief's checkpoint on every worker: the others may not see where it is kept."""
@@ -122,23 +137,29 @@ class Trainer:
         )  # fmt: skip
 
     def steps(self, stage: Stage) -> Steps:
-        """Return the compiled steps of ``stage``, at their beginning."""
-        count = stage.phase.epochs * -(-len(stage.index) // self._settings.batch_size)
-        counted, steps = self._steps.get(stage.phase, (0, None))
-        if steps is not None and counted == count:
-            steps.reset()
-            return steps
-        # another fraction has another schedule; one set of slots is kept for a phase, as large as what trains in it
-        self._steps.pop(stage.phase, None)
-        optimizer = make_optimizer(self._settings.optimizer, stage.phase.learning_rate, count)
-        steps = Steps(self.classifier, stage, optimizer, xla=self._xla)
-        self._steps[stage.phase] = count, steps
+        """Return the compiled steps of ``stage``, at their beginning: one compilation serves all results."""
+        if stage.phase not in self._steps:
+            steps = Steps(
+                self.classifier, stage, self._settings.optimizer, self._settings.batch_size, xla=self._xla != "off"
+            )
+            self._steps[stage.phase] = steps, Compilation(f"{self.name}, {stage.phase.name}", self._xla)
+        steps, _ = self._steps[stage.phase]
+        steps.reset(self._number(stage))
         return steps
 
     def phase_run(self, stage: Stage, steps: Steps, seed: int) -> PhaseRun:
         """Return what takes ``steps`` through epochs of ``stage``."""
         recalibrator = self.recalibrator(stage) if stage.phase.trains_batch_norm else None
-        return PhaseRun(self.classifier, stage, steps, self._settings.batch_size, seed, recalibrator)
+        _, compilation = self._steps[stage.phase]
+        compilation.further_steps = max(0, self._results - 1) * self._number(stage)
+        batch_size = self._settings.batch_size
+        feeder = Feeder(
+            *stage.stepped, batch_size, self.classifier.replicas, self._residents, most_steps=len(stage.index)
+        )
+        return PhaseRun(self.classifier, stage, steps, compilation, feeder, batch_size, seed, recalibrator)
+
+    def _number(self, stage: Stage) -> int:
+        return stage.phase.epochs * -(-len(stage.index) // self._settings.batch_size)
 
     def recalibrator(self, stage: Stage) -> Recalibrator | None:
         """Return what re-estimates BatchNorm statistics from rows of ``stage``; None where there is no BatchNorm."""

@@ -81,7 +81,7 @@ def without_escapes(text: str) -> str:
 
 START = """
 import logging, sys, time, warnings
-from job.machine.console import quiet_standard_error, start
+from job.machine.console import start
 logger = logging.getLogger("job.somewhere")
 """
 TABLE = f"""
@@ -310,62 +310,3 @@ def test_the_bar_fits_a_narrow_terminal() -> None:
     shown = without_escapes(on_terminal(START + code, columns=80))
     assert re.search(r"2/100 +\d+ images/s", shown)
     assert max(len(line) for line in re.split(r"[\r\n]+", shown)) <= 80
-
-
-# --- quiet_standard_error ----------------------------------------------------------------------------------------
-
-NATIVE = """
-import os, subprocess
-def notices():
-    os.write(2, b"native notice\\n")
-    print("python notice", file=sys.stderr)
-    subprocess.run([sys.executable, "-c", "import os; os.write(2, b'child notice')"], check=True)
-"""
-
-
-def test_what_is_written_to_standard_error_in_a_good_block_is_not_seen() -> None:
-    code = """
-os.write(2, b"before ")
-with quiet_standard_error():
-    notices()
-    print("result")
-os.write(2, b"after ")
-print("end", end="", file=sys.stderr)
-"""
-    result = piped(START + NATIVE + code)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "result\n", "before after end")
-
-
-def test_it_is_replayed_when_the_block_fails_before_the_traceback() -> None:
-    result = piped(START + NATIVE + "with quiet_standard_error():\n    notices()\n    raise ValueError('wrong')")
-    assert result.returncode == 1
-    assert result.stderr.startswith("native notice\npython notice\nchild noticeTraceback (most recent call last):\n")
-    assert result.stderr.endswith("\nValueError: wrong\n")
-
-
-def test_it_is_replayed_when_the_block_exits() -> None:
-    result = piped(START + NATIVE + "with quiet_standard_error():\n    notices()\n    sys.exit(3)")
-    assert (result.returncode, result.stderr) == (3, "native notice\npython notice\nchild notice")
-
-
-def test_more_than_a_pipe_holds_is_replayed_whole() -> None:
-    result = piped(START + NATIVE + "with quiet_standard_error():\n    os.write(2, b'x' * 300_000)\n    sys.exit(3)")
-    assert (result.returncode, result.stderr) == (3, "x" * 300_000)
-
-
-def test_nothing_stays_open_behind_the_block() -> None:
-    code = """
-def held():
-    return sorted(os.listdir("/dev/fd"))
-before = held()
-for fails in (False, True):
-    try:
-        with quiet_standard_error():
-            if fails:
-                raise ValueError
-    except ValueError:
-        pass
-assert held() == before, (before, held())
-"""
-    result = piped(START + NATIVE + code)
-    assert (result.returncode, result.stderr) == (0, "")

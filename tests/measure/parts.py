@@ -25,13 +25,15 @@ from job.arms import Part, Phase
 from job.backbone_table import BACKBONES
 from job.data.row_files import RowFileWriter
 from job.data.rows import Rows
+from job.machine.replicas import Replicas
 from job.models.backbones import build, preprocessing
 from job.models.classifier import Classifier, Head
 from job.models.export import Exporter
 from job.models.inference import run_over
+from job.training.feeds import Feeder, Residents
 from job.training.optimizers import FlatOptimizer, joined, make_optimizer
 from job.training.stages import Stage
-from job.training.steps import Steps, whole_feed
+from job.training.steps import Steps
 
 ROW = BACKBONES["MobileNetV2"]
 SIZE, BATCH, PAIRS = 160, 32, 6
@@ -62,19 +64,18 @@ def classifier(backbone: keras.Model) -> Classifier:
 def main() -> None:
     pixels = tf.constant(np.random.default_rng(0).integers(0, 256, (BATCH, SIZE, SIZE, 3)).astype(np.uint8))
     labels = tf.constant(np.arange(BATCH) % 2, tf.int32)
-    order = np.arange(BATCH)[None]
     plain = keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(SIZE, SIZE, 3))
     rows = Rows(("",) * BATCH, labels.numpy(), pixels.numpy(), (b"",) * BATCH)
-    feed = [whole_feed(pixels, labels, order)]
     steps, forward = {}, {}
     for name, model in (("ours", classifier(build(ROW, SIZE))), ("keras", classifier(plain))):
         phase = Phase("all", Part.ALL, 1, 1e-3, trains_batch_norm=True)
         stage = Stage(phase, model.cut(Part.ALL), rows, np.arange(BATCH), rows)
-        steps[name] = Steps(model, stage, make_optimizer("adam", 1e-3, 100), xla=False)
+        steps[name] = Steps(model, stage, "adam", BATCH, xla=False)
+        call = Feeder(*stage.stepped, BATCH, Replicas(), Residents(Replicas(), 0), 1).read([np.arange(BATCH)])
         forward[name] = model.inference(model.cut(Part.ALL))
 
     def step(name: str) -> Callable[[], Any]:
-        return lambda: (steps[name](feed, BATCH, 0, 0), steps[name].sums())
+        return lambda: (steps[name](call, 0, 0), steps[name].sums())
 
     found = {
         "BatchNorm, training step": compare(step("ours"), step("keras"), BATCH),
@@ -85,11 +86,12 @@ def main() -> None:
 
     variables = plain.trainable_variables
     gradients = [tf.ones(variable.shape) for variable in variables]
-    own = make_optimizer("adam", 1e-3, 100)
+    own = make_optimizer("adam", 1e-3)
     own.build(variables)
-    flat = FlatOptimizer(make_optimizer("adam", 1e-3, 100), variables)
+    flat = FlatOptimizer(make_optimizer("adam"), [variable.value for variable in variables])
+    rate = tf.constant(1e-3)
     updates = {
-        "ours": tf.function(lambda: flat.apply(joined(gradients)), autograph=False),
+        "ours": tf.function(lambda: flat.apply(joined(gradients), rate), autograph=False),
         "keras": tf.function(lambda: own.apply(gradients, variables), autograph=False),
     }
     first = {name: seconds(update) for name, update in updates.items()}

@@ -29,7 +29,7 @@ from job.data import dataset
 from job.machine import runtime
 from job.models.backbones import first_trainable, preprocessing
 from job.settings.environment import Settings, load
-from job.training.optimizers import make_optimizer
+from job.training.optimizers import make_optimizer, schedule
 
 AUTOTUNE = tf.data.AUTOTUNE
 TUTORIAL_SHUFFLE = 1000
@@ -46,6 +46,14 @@ class Batches:
     validation: tf.data.Dataset
     test: tf.data.Dataset
     seconds: float = 0.0
+
+
+def cosine(peak: float, steps: int) -> Any:
+    """Return Keras's own schedule with as many steps of warm-up and decay as the job's."""
+    warm_up, decay = schedule(steps)
+    return keras.optimizers.schedules.CosineDecay(
+        0.0 if warm_up else peak, decay, warmup_target=peak if warm_up else None, warmup_steps=warm_up
+    )
 
 
 def article_batches(source: dataset.Source, settings: Settings) -> Batches:
@@ -130,7 +138,7 @@ def train_arm(name: str, source: dataset.Source, settings: Settings, batches: Ba
         if phase.trains is Part.TAIL:
             for layer in base.layers[: first_trainable(base, settings.resolved()["fine_tune_from"])]:
                 layer.trainable = False
-        optimizer = make_optimizer(training.optimizer, phase.learning_rate, phase.epochs * steps_per_epoch)
+        optimizer = make_optimizer(training.optimizer, cosine(phase.learning_rate, phase.epochs * steps_per_epoch))
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         # jit_compile is left at "auto", which means no XLA where there is only a CPU: there XLA is the slower one.
         # steps_per_execution is left at 1: over six paired epochs 8 made no difference that stood out of the noise

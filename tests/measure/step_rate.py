@@ -18,17 +18,19 @@ from statistics import median
 
 import numpy as np
 import numpy.typing as npt
-import tensorflow as tf
 
 from job.arms import ARMS
 from job.data import reading
+from job.data.rows import Rows
 from job.experiment.plan import Plan, make_plan
 from job.experiment.result import Experiment
 from job.machine import console, runtime
+from job.machine.replicas import Replicas
 from job.settings.environment import load
 from job.training.epochs import PhaseRun
+from job.training.feeds import Feeder, Residents
 from job.training.stages import Stage
-from job.training.steps import Steps, whole_feed
+from job.training.steps import Steps
 from tests.measure.bench import DEFAULT
 from tests.support.real import CATS
 
@@ -40,7 +42,8 @@ def rates(stage: Stage, steps: Steps, run: PhaseRun, batch_size: int, pairs: int
     order = np.random.default_rng(0).permutation(stage.index)
     order = order[: len(order) // batch_size * batch_size]
     one = order[:batch_size]
-    rows, labels = tf.constant(stage.train.read(one)), tf.constant(stage.train.labels[one])
+    rows = Rows(("",) * batch_size, stage.train.labels[one], stage.train.read(one), (b"",) * batch_size)
+    feeder = Feeder(stage.cut, rows, batch_size, Replicas(), Residents(Replicas(), 0), len(order))
 
     def training() -> None:
         run.steps_over(order, lambda _: None)
@@ -48,9 +51,9 @@ def rates(stage: Stage, steps: Steps, run: PhaseRun, batch_size: int, pairs: int
     def bare() -> None:
         left = len(order) // batch_size
         while left:
-            batches = np.tile(np.arange(batch_size), (min(left, run.per_call), 1))
-            steps([whole_feed(rows, labels, batches)], batch_size, 0, 0)
-            left -= len(batches)
+            number = min(left, run.per_call)
+            steps(feeder.read([np.arange(batch_size)] * number), 0, 0)
+            left -= number
 
     training()  # the first call compiles, and the second finds out how many steps a call takes
     measured = [(_timed(training), _timed(bare)) for _ in range(pairs)]

@@ -27,8 +27,8 @@ from job.models.randomness import derived_seed
 from job.models.recalibration import Recalibrator, assign, statistics
 from job.settings.groups import TrainingSettings
 from job.training.checkpoints import Checkpoint, Checkpoints
+from job.training.feeds import Feeder, Residents
 from job.training.stages import Stage
-from job.training.steps import whole_feed
 from job.training.trainer import Saving, Trainer
 
 FEATURES = 6
@@ -179,14 +179,14 @@ def test_killed_at_any_checkpoint_training_ends_with_the_same_weights_and_histor
 
 def test_several_steps_in_one_call_are_those_steps_one_by_one(separable: Rows) -> None:
     order = np.random.default_rng(1).permutation(90)[:80].reshape(5, 16)
-    rows, labels = tf.constant(separable.values), tf.constant(separable.labels)
+    feeder = Feeder(POOLED, separable, 16, Replicas(), Residents(Replicas(), 0), 5)
     sums, weights = [], []
     for calls in ([order], [batch[None] for batch in order]):
         model = Pooled()
         steps = trainer_of(model).steps(stage_of(separable))
         done = 0
         for call in calls:
-            steps([whole_feed(rows, labels, call)], 16, 5, done)
+            steps(feeder.read(list(call)), 5, done)
             done += len(call)
         sums.append(steps.sums())
         weights.append(model.head.get_weights())
