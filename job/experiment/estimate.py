@@ -19,13 +19,14 @@ from job.data import reading, row_cache
 from job.data.rows import Rows, RowValues
 from job.errors import ConfigError
 from job.experiment.disk import disk_needed
+from job.experiment.gpu_memory import largest_batch, too_large
 from job.experiment.plan import Plan
 from job.experiment.result import Experiment
 from job.machine.console import Console
 from job.machine.limits import gigabytes
 from job.models import export
 from job.models.cuts import PIXELS, POOLED
-from job.models.inference import INFERENCE_BATCH, run_over
+from job.models.inference import inference_batch, run_over
 from job.storage import commit
 from job.training.epochs import VALIDATION_CALIBRATION_ROWS
 from job.training.evaluation import predict
@@ -34,7 +35,7 @@ from job.training.trainer import Trainer
 
 # Photos that are decoded to measure with; a pass without gradients is timed over so many.
 _PHOTOS = 64
-_PASS = 3 * INFERENCE_BATCH
+_PASS = 3
 # Steps are taken for so long, once they are compiled.
 _SECONDS_OF_STEPS = 2.0
 
@@ -96,6 +97,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "steps": dict.fromkeys(training.arms, batches * training.epochs * len(training.seeds)),
         "disk": {"needed": needed, "free": free},
         "memory": {"needed": plan.memory.needed, "limit": plan.memory.limit, "files": plan.memory.in_files},
+        "gpu_memory": {"needed": plan.gpu_memory.needed, "limit": plan.gpu_memory.limit} if machine.gpu else None,
     }
 
 
@@ -137,6 +139,8 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "disk", f"{gigabytes(disk['needed'])} needed, {gigabytes(disk['free'])} free"
     of_it = f"{gigabytes(memory['files'])} of it for files in memory (tmpfs), " if memory["files"] else ""
     yield "memory", f"{gigabytes(memory['needed'])} needed, {of_it}{gigabytes(memory['limit'])} may be used"
+    if on_gpu := found["gpu_memory"]:
+        yield "GPU memory", f"{gigabytes(on_gpu['needed'])} needed, {gigabytes(on_gpu['limit'])} may be used"
     if found["published"]:
         yield "already published", "yes: run would verify it and end"
         return
@@ -244,7 +248,9 @@ def _measure(plan: Plan, experiment: Experiment, name: str, sample: Rows, known:
     setting_up = time.perf_counter() - begin
     paces = []
     for stage in stages:
-        pace, compiling = _measure_stage(trainer, stage, few, batch)
+        # the real step at the full batch: what has no memory for it is found out here, not after hours
+        with too_large(batch, lambda stage=stage: _largest(trainer, stage, few, batch)):  # type: ignore[misc]
+            pace, compiling = _measure_stage(trainer, stage, few, batch)
         paces.append(pace)
         setting_up += compiling
     whole = paces[-1].forward if stages[-1].cut.at_pixels else known
@@ -252,6 +258,21 @@ def _measure(plan: Plan, experiment: Experiment, name: str, sample: Rows, known:
         classifier = trainer.classifier
         whole, _ = _pass(classifier.inference(classifier.cut(Part.ALL)), sample.values, few)
     return _Measured(setting_up, whole, tuple(paces))
+
+
+def _largest(trainer: Trainer, stage: Stage, few: npt.NDArray[np.int64], batch: int) -> int:
+    """Return the largest batch, below ``batch``, on which a step of ``stage`` finds memory; 0 where none does."""
+
+    def fits(some: int) -> bool:
+        feeder, steps = trainer.feeder(stage), trainer.steps(stage)
+        try:
+            steps(feeder.read([np.resize(few, some)]), 0, 0)
+            steps.sums()
+        except tf.errors.ResourceExhaustedError:
+            return False
+        return True
+
+    return largest_batch(fits, batch)
 
 
 def _features(plan: Plan, arms: Mapping[str, _Measured], sample: int) -> tuple[float, dict[str, float]]:
@@ -295,12 +316,13 @@ def _pass(
     function: Callable[[tf.Tensor], tf.Tensor], values: RowValues, few: npt.NDArray[np.int64]
 ) -> tuple[float, float]:
     """Return the seconds of a pass for each image, and those of compiling it."""
+    batch = inference_batch(values.shape[1:])
     begin = time.perf_counter()
-    run_over(function, values, np.resize(few, INFERENCE_BATCH))
+    run_over(function, values, np.resize(few, batch))
     compiled = time.perf_counter()
-    run_over(function, values, np.resize(few, _PASS))
-    image = (time.perf_counter() - compiled) / _PASS
-    return image, max(0.0, compiled - begin - INFERENCE_BATCH * image)
+    run_over(function, values, np.resize(few, _PASS * batch))
+    image = (time.perf_counter() - compiled) / (_PASS * batch)
+    return image, max(0.0, compiled - begin - batch * image)
 
 
 def _measure_export(plan: Plan, experiment: Experiment, folder: Path, sample: Rows) -> tuple[float, float]:

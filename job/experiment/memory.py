@@ -34,7 +34,7 @@ _GROUPED_STEP = 3
 # Copies of a photo, in float32, while it is changed at random (``augmentation``).
 _COPIES_OF_PHOTO = 6
 # Optimizer slots of a variable.
-_SLOTS = {"adam": 2, "adamw": 2, "rmsprop": 1, "sgd": 1}
+SLOTS = {"adam": 2, "adamw": 2, "rmsprop": 1, "sgd": 1}
 # A run may take so much of what there is before a warning says that it could be too much.
 _COMFORTABLE = 0.8
 
@@ -155,7 +155,7 @@ def memory_needed(
         augmented: whether steps are taken on changed photos, so that frozen layers run in them.
     """
     operations, everything = backbone.operations, bytes_of_weights(backbone.layers)
-    slots = _SLOTS[optimizer]
+    slots = SLOTS[optimizer]
     fixed, per_image = 0, 0
     for arm, its_phases in phases.items():
         for phase in its_phases:

@@ -12,12 +12,14 @@ import keras
 import tensorflow as tf
 
 import job
+from job.arms import Part
 from job.backbone_table import BACKBONES
 from job.data import row_cache
 from job.data.dataset import Source, open_source
 from job.data.splits import SPLIT_VARIABLES
 from job.errors import ConfigError, Problem
 from job.experiment import disk, memory
+from job.experiment.gpu_memory import GpuMemory, gpu_memory
 from job.experiment.network import Network, load_backbone, outline
 from job.experiment.places import Places, open_places
 from job.machine.limits import disk_left, gigabytes, in_memory, memory_limit
@@ -36,7 +38,8 @@ logger = logging.getLogger(__name__)
 class Plan:
     """A run that can begin.
 
-    rows_key: what decides rows of the frozen layers, beside the examples and the cut. memory, disk: what the run takes.
+    rows_key: what decides rows of the frozen layers, beside the examples and the cut. memory, gpu_memory, disk: what
+    the run takes.
     """
 
     settings: Settings
@@ -48,6 +51,7 @@ class Plan:
     places: Places
     rows_key: Mapping[str, Any]
     memory: memory.Memory
+    gpu_memory: GpuMemory
     disk: tuple[disk.Space, ...]
 
 
@@ -93,11 +97,13 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
     held = _held(source, settings)
     batch = -(-min(settings.training.batch_size, max(2, source.splits["train"].examples)) // settings.workers)
     taken = _memory(settings, machine, backbone, first_trainable, batch=batch, examples=sum(held.values()))
+    on_gpu = _gpu_memory(settings, machine, backbone, first_trainable, batch)
     cut = _choose_cut(settings, machine, held, backbone, first_trainable, folder, kept, taken)
     spaces = disk.spaces(settings, folder, held, backbone, cut, kept, places)
     taken = replace(taken, files=disk.files_in_memory(spaces))
     if read_manifest(places.run) is None:
         _check_memory(taken)
+        _check_memory(on_gpu)
         if problems := disk.disk_problems(spaces):
             raise ConfigError(problems)
         if taken.is_tight:
@@ -121,6 +127,7 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
         places=places,
         rows_key=rows_key,
         memory=taken,
+        gpu_memory=on_gpu,
         disk=spaces,
     )
 
@@ -156,7 +163,31 @@ def _memory(
     )  # fmt: skip
 
 
-def _check_memory(taken: memory.Memory) -> None:
+def _gpu_memory(
+    settings: Settings, machine: Runtime, backbone: keras.Model, first_trainable: int, batch: int
+) -> GpuMemory:
+    if not machine.gpu:
+        return GpuMemory()
+    training = settings.training
+    phases = phases_of(training)
+    whole = any(phase.trains is Part.ALL for some in phases.values() for phase in some)
+    tail = any(phase.trains is Part.TAIL for some in phases.values() for phase in some)
+    first = 0 if whole else first_trainable if tail else len(backbone.layers)
+    per_image = memory.memory_needed(
+        backbone, first_trainable, phases, training.optimizer, batch, 0, 0, augmented=training.augmentation != "none"
+    ).per_image
+    return gpu_memory(
+        cuts.bytes_of_weights(backbone.layers),
+        cuts.bytes_of_weights(backbone.layers[first:]),
+        memory.SLOTS[training.optimizer],
+        per_image,
+        batch,
+        machine.gpu_bytes,
+        machine.replicas.local,
+    )
+
+
+def _check_memory(taken: memory.Memory | GpuMemory) -> None:
     if (problem := taken.problem()) is not None:
         raise ConfigError([problem])
 

@@ -21,6 +21,7 @@ from job.data import row_cache
 from job.data.row_cache import RowCache
 from job.data.rows import Rows, stratified_subset
 from job.errors import ConfigError
+from job.experiment.gpu_memory import too_large
 from job.experiment.plan import Plan
 from job.machine.console import Console
 from job.machine.energy import Meter
@@ -178,7 +179,9 @@ class Experiment:
         stop_if_asked()
         name = result_name(arm.name, fraction, seed)
         training_start = time.perf_counter()
-        trained = trainer.train(stages, seed, Saving(self._checkpoints, name) if self._checkpoints else None, told)
+        saving = Saving(self._checkpoints, name) if self._checkpoints else None
+        with too_large(self._plan.settings.training.batch_size):
+            trained = trainer.train(stages, seed, saving, told)
         earlier_seconds = max(0.0, trained.seconds - (time.perf_counter() - training_start))
         return _Work(index, trainer, stages, trained, features_seconds, earlier_seconds)
 

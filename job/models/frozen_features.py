@@ -25,7 +25,7 @@ from job.machine.limits import memory_left
 from job.machine.replicas import Function, Replicas
 from job.models.classifier import Classifier, Cut
 from job.models.cuts import POOLED
-from job.models.inference import INFERENCE_BATCH, in_batches
+from job.models.inference import in_batches, inference_batch
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +54,8 @@ class Computed:
         chosen = np.arange(len(self))[index]
         if not len(chosen):
             return np.empty((0, *self.shape[1:]), self.dtype)
-        return np.concatenate(
-            [self._some(chosen[i : i + INFERENCE_BATCH]) for i in range(0, len(chosen), INFERENCE_BATCH)]
-        )
+        size = inference_batch(self._pixels.shape[1:])
+        return np.concatenate([self._some(chosen[i : i + size]) for i in range(0, len(chosen), size)])
 
     def _some(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         padded = np.resize(chosen, max(2, len(chosen)))

@@ -152,11 +152,13 @@ class Trainer:
         recalibrator = self.recalibrator(stage) if stage.phase.trains_batch_norm else None
         _, compilation = self._steps[stage.phase]
         compilation.further_steps = max(0, self._results - 1) * self._number(stage)
-        batch_size = self._settings.batch_size
-        feeder = Feeder(
-            *stage.stepped, batch_size, self.classifier.replicas, self._residents, most_steps=len(stage.index)
-        )
+        batch_size, feeder = self._settings.batch_size, self.feeder(stage)
         return PhaseRun(self.classifier, stage, steps, compilation, feeder, batch_size, seed, recalibrator)
+
+    def feeder(self, stage: Stage) -> Feeder:
+        """Return what makes the calls of ``stage``."""
+        replicas = self.classifier.replicas
+        return Feeder(*stage.stepped, self._settings.batch_size, replicas, self._residents, len(stage.index))
 
     def _number(self, stage: Stage) -> int:
         return stage.phase.epochs * -(-len(stage.index) // self._settings.batch_size)

@@ -22,7 +22,7 @@ from job.machine.replicas import Replicas
 from job.models.backbones import build, preprocessing
 from job.models.classifier import Classifier, Cut, Head
 from job.models.frozen_features import mean_and_deviation
-from job.models.inference import INFERENCE_BATCH, run_over
+from job.models.inference import INFERENCE_BATCH, inference_batch, run_over
 from job.models.randomness import derived_seed
 from job.models.recalibration import Recalibrator, assign, statistics
 from job.settings.groups import TrainingSettings
@@ -249,6 +249,12 @@ def test_rows_are_run_in_batches_of_one_shape_and_come_back_in_order() -> None:
     np.testing.assert_array_equal(run_over(double, values, index=np.array([5, 2])), [[10], [4]])
     with pytest.raises(ValueError, match="no rows"):
         run_over(double, values[:0])
+
+
+def test_a_gpu_takes_more_rows_at_once_the_smaller_they_are() -> None:
+    assert {inference_batch(shape, gpu=False) for shape in ((160, 160, 3), (1280,), (512, 512, 3))} == {32}
+    sizes = {(1280,): 256, (160, 160, 3): 256, (224, 224, 3): 128, (299, 299, 3): 64, (512, 512, 3): 32}
+    assert {shape: inference_batch(shape, gpu=True) for shape in sizes} == sizes
 
 
 def test_mean_and_deviation_never_blow_up_a_feature_that_hardly_varies() -> None:
