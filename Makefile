@@ -41,6 +41,15 @@ test-real: install  ## all long tests but test-backbones, with real photos and w
 test-backbones: install  ## every backbone trains in three arms, is exported and serves what was measured; two hours
 	$(BIN)/python -m pytest tests/models/test_every_backbone.py -m slow -n 0 -rs --durations=0
 
+# CUDA and cuDNN, where there is a GPU for them; without one the run says so and fails.
+$(VENV)/installed-gpu: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[demo,dev,gpu]'
+	@touch $@
+
+.PHONY: test-gpu
+test-gpu: install $(if $(wildcard /dev/nvidia[0-9]* /dev/dxg),$(VENV)/installed-gpu)  ## the acceptance run on a GPU, 15 minutes: output/gpu has its page (TEST_GPU_FLAGS=--cpu: its logic)
+	$(BIN)/python -m tests.measure.gpu_acceptance $(TEST_GPU_FLAGS)
+
 .PHONY: solar-paper
 solar-paper: install  ## the solar cells as in the paper (224 px, 656 test cells)
 	@$(call RUN_ENV,deploy/env/solar-paper.env) TRANSFER_LOG_FORMAT=$${TRANSFER_LOG_FORMAT:-text} $(BIN)/python -m job

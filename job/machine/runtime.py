@@ -57,7 +57,7 @@ def start(settings: RuntimeSettings, platform: PlatformSettings | None = None, *
 
     Precision auto means float32, in which a GPU that has TF32 multiplies by it. It is a rule, not a probe: the
     fingerprint holds the precision, and what is decided by a race could come out differently when a killed run goes on.
-    Half precision is for those who ask for it; ``plan`` tells on a GPU what it would gain.
+    Half precision is for those who ask for it; ``plan``, which takes real steps, tells what it would gain.
 
     XLA auto means none on a CPU: it was 11 times slower there for MobileNetV2's forward pass and 6 times for training.
     On a GPU training finds out (``training.compilation``), but not with several devices, where XLA cannot compile what

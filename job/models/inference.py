@@ -19,7 +19,7 @@ from job.stopping import stop_if_asked
 
 # Rows do not depend on their companions, so inference may use any batch but one (see ``in_batches``).
 INFERENCE_BATCH = 32
-# On a GPU, where 32 photos are too few to fill it: of 160 px, or of rows with as many values. Larger rows, fewer of them.
+# On a GPU, which 32 photos are too few to fill: of 160 px, or of rows with as many values; of larger ones fewer.
 _ON_GPU = 256
 _VALUES_ON_GPU = _ON_GPU * 160 * 160 * 3
 # While one batch is read and handed over, another computes: 1.1 to 1.2 times as many images a second on two cores.
