@@ -239,6 +239,22 @@ class Wrong(Record):
     predicted_probability: Share
 
 
+class ExportProof(Record):
+    """How the reloaded SavedModel's predictions differ from those measured, on some test examples.
+
+    examples: how many. logit_spread: standard deviation of the measured logits, each example's centred.
+    largest_logit_difference: of centred logits. tolerance: what is accepted of it, a share of the spread by the
+    arithmetic that ran. same_class: examples for which both give the same class.
+    """
+
+    examples: Count
+    logit_spread: Annotated[float, Field(ge=0)]
+    largest_logit_difference: Annotated[float, Field(ge=0)]
+    tolerance: Annotated[float, Field(gt=0)]
+    largest_probability_difference: Share
+    same_class: Count
+
+
 class Result(Record):
     """One (arm, train_fraction, seed).
 
@@ -264,6 +280,7 @@ class Result(Record):
     energy_joules: Annotated[float, Field(ge=0)] | None = None
     cost: Annotated[float, Field(ge=0)] | None = None
     saved_model: str
+    export_proof: ExportProof | None = None
 
 
 class Summary(Record):

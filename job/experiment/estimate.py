@@ -336,7 +336,7 @@ def _measure_export(plan: Plan, experiment: Experiment, folder: Path, sample: Ro
     for name in ("first", "further"):
         begin = time.perf_counter()
         exporter.export(trainer.classifier, folder / "trial" / name)
-        export.prove(folder / "trial" / name, some, predicted.probabilities[: len(some)])
+        export.prove(folder / "trial" / name, some, predicted.probabilities[: len(some)], plan.runtime.arithmetic)
         times.append(time.perf_counter() - begin)
     return times[0], times[1]
 

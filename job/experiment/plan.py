@@ -135,7 +135,7 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
 def _arithmetic(machine: Runtime) -> dict[str, Any]:
     """Return what is known before training of how the machine computes. TF32 has 10 bits where float32 has 23."""
     known: dict[str, Any] = {"precision": machine.precision, "xla": machine.xla == "on"}
-    return known | {"tf32": True} if machine.tf32 else known
+    return known | {"tf32": True} if machine.arithmetic == "tf32" else known
 
 
 def _rows_key(settings: Settings, machine: Runtime, source: Source, identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def _rows_key(settings: Settings, machine: Runtime, source: Source, identity: Ma
         "backbone": row.name,
         "truncate_at": model.truncate_at,
         "preprocessing": row.module,
-        "precision": "tf32" if machine.tf32 else machine.precision,
+        "precision": machine.arithmetic,
         "device": "GPU" if machine.gpu else "CPU",
         **identity,
     }

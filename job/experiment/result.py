@@ -128,8 +128,10 @@ class Experiment:
         stop_if_asked()
         logger.info("%s: exporting", arm.name, extra={"arm": arm.name, "seed": seed})
         export_start = time.perf_counter()
-        difference = self._export(classifier, test, self._folder / "publish" / where)
-        logger.info("%s: the reloaded SavedModel differs by %.1e in probability", arm.name, difference)
+        proof = self._export(classifier, test, self._folder / "publish" / where)
+        logger.info(
+            "%s: the reloaded SavedModel differs by %.1e in probability", arm.name, proof.largest_probability_difference
+        )
         export_seconds = time.perf_counter() - export_start
 
         data_seconds, self._data_seconds = self._data_seconds, 0.0  # decoding is shared: it stands at the first result
@@ -160,6 +162,7 @@ class Experiment:
             energy_joules=_used(energy, self._meter.joules()) if not trained.resumed else None,
             cost=None if price is None else seconds.total / 3600 * price,
             saved_model=f"{where}/saved_model",
+            export_proof=proof,
         )
         if told:
             told(trained.history, record)
@@ -276,13 +279,15 @@ class Experiment:
         recalibrated = float(test.correct.mean())
         return test, manifest.BatchNorm(test_accuracy_raw=raw, test_accuracy_recalibrated=recalibrated)
 
-    def _export(self, classifier: Classifier, test: Predictions, target: Path) -> float:
+    def _export(self, classifier: Classifier, test: Predictions, target: Path) -> manifest.ExportProof:
         """Write the SavedModel and the predictions; return by how much the reloaded model differs from ``test``."""
-        pixels = self._pixels["test"]
+        pixels, machine = self._pixels["test"], self._plan.runtime
         held = np.flatnonzero(pixels.held(np.arange(len(pixels))))[: export.PROOF_EXAMPLES]
         try:
             self._exporter.export(self._of_one_device(classifier), target / "saved_model")
-            difference = export.prove(target / "saved_model", pixels.read(held), test.probabilities[held])
+            proof = export.prove(
+                target / "saved_model", pixels.read(held), test.probabilities[held], machine.arithmetic
+            )
             (target / "predictions.csv").write_text(test.to_csv(self._classes), encoding="utf-8")
         except (OSError, tf.errors.OpError) as error:
             if os.strerror(errno.ENOSPC) not in str(error):  # which is all that TensorFlow's errors say of it
@@ -290,7 +295,7 @@ class Experiment:
             raise ConfigError.of(
                 "TRANSFER_CACHE_DIR", f"the disk ran full while a SavedModel was written to {target}; give a larger one"
             ) from error
-        return difference
+        return proof
 
     def _of_one_device(self, classifier: Classifier) -> Classifier:
         """Return the classifier as it is saved: of variables that lie on one device."""

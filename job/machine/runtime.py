@@ -51,6 +51,11 @@ class Runtime:
     proof: str = ""
     replicas: Replicas = field(default_factory=Replicas)
 
+    @property
+    def arithmetic(self) -> str:
+        """Return what products are taken in: the precision, or tf32."""
+        return "tf32" if self.tf32 and self.precision == "float32" else self.precision
+
 
 def start(settings: RuntimeSettings, platform: PlatformSettings | None = None, *, alone: bool = False) -> Runtime:
     """Claim the devices, join the other workers, and set precision and determinism for the whole process.

@@ -90,7 +90,9 @@ def test_a_saved_model_that_predicts_otherwise_is_never_published(small: dict[st
     outcome = run.result("frozen", 1.0, 0)
     pixels = run._pixels["test"].values[:]
     folder = outcome.folder / outcome.record.saved_model
-    assert export.prove(folder, pixels, outcome.test.probabilities) <= export.TOLERANCE
+    proof = export.prove(folder, pixels, outcome.test.probabilities)
+    assert proof.largest_logit_difference <= proof.tolerance == pytest.approx(1e-3 * max(proof.logit_spread, 0.1))
+    assert proof.same_class == proof.examples == len(pixels)
     with pytest.raises(RuntimeError, match="differs from the evaluated model"):
         export.prove(folder, 255 - pixels, outcome.test.probabilities)
 
