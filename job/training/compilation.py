@@ -14,10 +14,11 @@ from job.training.steps import Steps
 
 logger = logging.getLogger(__name__)
 
-# On an H100, XLA took 69 s to compile MobileNetV2's training step at 160 px and 10 s for its tail, and the steps were
-# then 2.3 times as fast as plain ones. So it pays where plain steps would take two minutes more.
-_SECONDS_WORTH_IT = 120.0
-# Of plain steps, before their time is believed: the first ones choose kernels.
+# On an H200 (MobileNetV2 at 160 px, batches of 32) XLA took 57 s to compile a training step whose first plain call took
+# 7 s, to trace it and choose kernels; 8 s for fine_tune's with 1 s, 2 s for a head's with a third: eight times as long.
+# Steps were then 4.0, 3.5 and 10 times as fast. So it pays where plain steps go on for eleven times the first one.
+_FIRST_CALLS_WORTH_IT = 12.0
+# Of plain steps, before their time is believed.
 _STEPS_TIMED = 20
 
 Mode = Literal["off", "auto", "on"]
@@ -39,7 +40,8 @@ class Compilation:
         self._seconds = {False: 0.0, True: 0.0}
         self._steps = {False: 0, True: 0}
         self._images = {False: 0, True: 0}
-        self._seen = {False: 0, True: 0}
+        self._seen: set[tuple[bool, int]] = set()
+        self._first_seconds = 0.0
         self._settled: bool | None = {"off": False, "on": True}.get(mode)
         self.compiled = False
 
@@ -53,12 +55,12 @@ class Compilation:
         """Return whether the next call, with ``left`` steps to come in the result, is one for XLA."""
         if self._settled is not None:
             return self._settled
-        if self._seen[True]:
+        if self.compiled:
             return True
         if self._steps[False] < _STEPS_TIMED:
             return False
         expected = (left + self.further_steps) * self._per_step(padded=False)
-        if expected < _SECONDS_WORTH_IT:
+        if expected < _FIRST_CALLS_WORTH_IT * self._first_seconds:
             return False
         logger.info(
             "%s: steps of %.1f ms, for %.0f s more: XLA compiles them", self._name,
@@ -72,7 +74,7 @@ class Compilation:
             return steps(call, seed, done, votes)
         except tf.errors.OpError as error:
             # a step that is compiled changes nothing before it has been: ptxas or memory may be lacking
-            if not call.padded or self._mode == "on" or self._seen[True]:
+            if not call.padded or self._mode == "on" or self.compiled:
                 raise
             logger.warning(
                 "%s: XLA cannot compile the steps, so they run without it: %s", self._name, first_line(error)
@@ -84,10 +86,13 @@ class Compilation:
     def took(self, call: Call, seconds: float) -> bool:
         """Take note of the seconds of a call, and return whether they tell how long the next will take."""
         kind = call.padded
-        self._seen[kind] += 1
         self.compiled |= kind
-        # the first one traces, and compiles
-        if self._seen[kind] == 1:
+        shape = kind, int(call.feeds[0].order.shape[1])
+        if shape not in self._seen:
+            # the first one traces and compiles, and for each size of a batch a GPU chooses kernels: once that took 60 s
+            if not self._seen:
+                self._first_seconds = seconds
+            self._seen.add(shape)
             return False
         self._seconds[kind] += seconds
         self._steps[kind] += call.steps
