@@ -39,5 +39,8 @@ class Chance:
         batch = tf.shape(rows)[0] if self.batch is None else self.batch
         # by default the algorithm would be the device's choice
         seed = tf.random.experimental.stateless_fold_in(self.seed, purpose, alg="philox")
-        drawn = tf.random.stateless_uniform([batch, width], seed, alg="philox")
+        bits = tf.random.stateless_uniform([batch, width], seed, None, None, tf.uint32, alg="philox")
+        # TensorFlow makes a number of the lower 23 bits, XLA of the upper ones: so it is done here, as TensorFlow does
+        fraction = tf.bitwise.bitwise_and(bits, tf.constant(0x7FFFFF, tf.uint32))
+        drawn = tf.bitcast(tf.bitwise.bitwise_or(fraction, tf.constant(0x3F800000, tf.uint32)), tf.float32) - 1.0
         return drawn if self.places is None else tf.gather(drawn, self.places)

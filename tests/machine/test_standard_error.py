@@ -19,6 +19,9 @@ import ctypes, faulthandler, os, resource, signal, subprocess, sys, time
 from job import stopping
 from job.errors import Stopped
 from job.machine.standard_error import held_back
+# a shell's background jobs ignore these, and so would what they start
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def notices():
     os.write(2, b"native notice\\n")
     print("python notice", file=sys.stderr)

@@ -18,6 +18,7 @@ from job.machine import console
 from job.machine.replicas import Replicas
 from job.models.backbones import build, preprocessing
 from job.models.classifier import Classifier, Cut, Head
+from job.models.randomness import DROPOUT, Chance
 from job.settings.groups import TrainingSettings
 from job.training.augmentation import augmenter
 from job.training.compilation import Compilation, Mode
@@ -106,6 +107,18 @@ def test_packed_rows_come_back_bit_for_bit(shape: tuple[int, ...]) -> None:
         rows = tf.constant(packed(values))
         assert packed_spec(cut).is_compatible_with(rows)
         np.testing.assert_array_equal(gathered(rows), values[[5, 0, 3]])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_random_numbers_are_those_of_tensorflow_whoever_compiles(compiled: bool) -> None:
+    @tf.function(autograph=False, jit_compile=compiled)  # type: ignore[untyped-decorator]
+    def drawn(seed: Any) -> Any:
+        places = tf.range(30, dtype=tf.int64)
+        return Chance(seed, 32, places).uniform(DROPOUT, tf.zeros([30, 5]), 5)
+
+    seed = tf.constant([7, 3])
+    folded = tf.random.experimental.stateless_fold_in(seed, DROPOUT, alg="philox")
+    np.testing.assert_array_equal(drawn(seed), tf.random.stateless_uniform([32, 5], folded, alg="philox")[:30])
 
 
 def run_of(pixels: Rows, arm: str, mode: Mode, results: int = 1) -> Trainer:
