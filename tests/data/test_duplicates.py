@@ -154,7 +154,7 @@ def test_a_set_that_is_all_one_photo_is_one_group() -> None:
     }
     found = find(parts, Replicas())
     assert found.count == 1
-    assert len(found.listed[0].examples) > 100
+    assert len(found.listed[0].examples) == 400
 
 
 def test_a_thousand_are_listed_and_all_are_counted() -> None:
