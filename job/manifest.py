@@ -31,7 +31,7 @@ Seconds = Annotated[float, Field(ge=0)]
 
 
 # Fields that do not apply to every record of their kind: they are absent then, not null.
-_ABSENT = {"batch_norm", "energy_joules", "cost"}
+_ABSENT = {"batch_norm", "energy_joules", "cost", "export_proof"}
 
 
 class Record(BaseModel):

@@ -24,7 +24,8 @@ PER_CLASS = ["name", "precision", "recall", "f1", "support"]
 SPLITS = ["train", "validation", "test"]
 RESULT = [
     *("arm", "train_fraction", "seed", "train_examples", "resumed", "parameters", "history", "metrics", "batch_norm"),
-    *("most_wrong", "rows", "seconds", "examples_per_second", "energy_joules", "cost", "saved_model"),
+    *("most_wrong", "rows", "seconds", "examples_per_second", "xla", "energy_joules", "cost", "saved_model"),
+    "export_proof",
 ]
 NAMES = {
     "": [
@@ -33,7 +34,7 @@ NAMES = {
     ],
     "environment": [
         *("python", "tensorflow", "keras", "tensorflow_datasets", "job"),
-        *("devices", "workers", "precision", "xla", "deterministic"),
+        *("devices", "workers", "precision", "tf32", "xla", "deterministic"),
     ],
     "dataset": [
         *("name", "version", "classes", "skipped_examples", "duplicates_across_splits", "duplicates", "splits"),
@@ -57,6 +58,10 @@ NAMES = {
     **{f"results.metrics.{split}.per_class": PER_CLASS for split in SPLITS},
     "results.most_wrong": ["example_id", "label", "predicted", "label_probability", "predicted_probability"],
     "results.batch_norm": ["test_accuracy_raw", "test_accuracy_recalibrated"],
+    "results.export_proof": [
+        *("examples", "logit_spread", "largest_logit_difference", "tolerance", "largest_probability_difference"),
+        "same_class",
+    ],
     "results.seconds": ["data", "features", "training", "evaluation", "export", "total"],
     "summaries": [
         *("arm", "train_fraction", "train_examples", "seeds", "test_accuracy", "interval", "method", "seconds", "cost"),
@@ -80,6 +85,7 @@ def complete() -> dict[str, Any]:
         "citation": "A paper",
         "homepage": "https://example.com",
     }
+    document["environment"]["tf32"] = True
     document["backbone"]["weights"]["licence"] = "MIT"
     (result,) = document["results"]
     for metrics in result["metrics"].values():
@@ -89,7 +95,9 @@ def complete() -> dict[str, Any]:
     wrong = {"example_id": "a__1", "label": "cat", "predicted": "dog"}
     result["most_wrong"] = [{**wrong, "label_probability": 0.25, "predicted_probability": 0.75}]
     result["batch_norm"] = {"test_accuracy_raw": 0.4, "test_accuracy_recalibrated": 0.5}
-    result |= {"energy_joules": 12.5, "cost": 0.25}
+    result |= {"xla": True, "energy_joules": 12.5, "cost": 0.25}
+    logits = {"logit_spread": 1.5, "largest_logit_difference": 0.25, "tolerance": 0.5}
+    result["export_proof"] = {"examples": 24, **logits, "largest_probability_difference": 0.125, "same_class": 23}
     examples = {"train_fraction": 1.0, "train_examples": 30, "seeds": [0]}
     accuracy = {"test_accuracy": 0.5, "interval": [0.25, 0.75], "method": "Wilson", "seconds": 1.25, "cost": 0.25}
     difference = {"difference": 0.1, "interval": [-0.05, 0.25], "p_value": 0.3, "method": "McNemar"}
@@ -153,6 +161,8 @@ FIELDS = [at for at, _ in places(complete()) if at and isinstance(at[-1], str)]
 OBJECTS = [at for at, value in places(complete()) if isinstance(value, dict) and at != ("settings",)]
 FLOATS = [at for at, value in places(complete()) if isinstance(value, float)]
 OPTIONAL = [("results", 0, name) for name in ("batch_norm", "energy_joules", "cost")] + [("summaries", 0, "cost")]
+# What runs were published without before it was kept.
+LATER = [("environment", "tf32"), ("results", 0, "xla"), ("results", 0, "export_proof")]
 # What the contract's list does not name; a reader finds it empty or null where it is missing.
 ADDED = {"duplicates", "licence", "citation", "homepage", "reliability", "most_wrong", "summaries", "verdict", "seeds"}
 
@@ -211,13 +221,13 @@ def test_settings_may_have_any_name() -> None:
     assert accepted(changed(("settings", "extra"), 1))
 
 
-@pytest.mark.parametrize("at", [at for at in FIELDS if at not in OPTIONAL and at[-1] not in ADDED], ids=shown)
+@pytest.mark.parametrize("at", [at for at in FIELDS if at not in OPTIONAL + LATER and at[-1] not in ADDED], ids=shown)
 def test_a_missing_field_is_refused(at: Path) -> None:
     assert not accepted(changed(at))
 
 
-@pytest.mark.parametrize("at", OPTIONAL, ids=shown)
-def test_what_applies_to_some_results_only_may_be_missing(at: Path) -> None:
+@pytest.mark.parametrize("at", OPTIONAL + LATER, ids=shown)
+def test_what_applies_to_some_results_only_or_came_later_may_be_missing(at: Path) -> None:
     assert accepted(changed(at))
 
 
@@ -281,7 +291,7 @@ def test_a_value_that_cannot_be_is_refused(at: Path, value: Any) -> None:
     assert not accepted(changed(at, value))
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "energy_joules", "cost"])
+@pytest.mark.parametrize("name", ["batch_norm", "energy_joules", "cost", "export_proof"])
 def test_what_does_not_apply_is_absent_not_null(name: str) -> None:
     for document in (changed(("results", 0, name)), changed(("results", 0, name), None)):
         (result,) = json.loads(Manifest.model_validate(document).to_json())["results"]

@@ -8,7 +8,8 @@ final place before it is decided who publishes what:
    tells of it. A restarted run does not train it again.
 2. Where all results are finished, the whole manifest is written to ``checkpoints/commit.json``, create-only. Of several
    processes one succeeds; the others take its manifest for their own.
-3. The files named in the commit are copied to their final places. Whoever does this writes the same bytes.
+3. The files named in the commit are copied to their final places, unless a manifest is there: a commit that was created
+   after another's had been carried out and removed is withdrawn. Whoever copies writes the same bytes.
 4. ``manifest.json`` is created, and everything below ``checkpoints/`` is removed.
 """
 
@@ -237,10 +238,19 @@ def commit(
     mine = _Commit(manifest=manifest, stored=stored, best=best if model_store else None)
     pending = store.child(PENDING)
     for _ in range(_ATTEMPTS):
+        if existing(store, manifest.fingerprint):
+            tidy(store)
+            return Outcome.ALREADY_PUBLISHED
         is_mine = pending.create(_COMMIT, _sealed(mine))
         decided = mine if is_mine else _decided(store, manifest.fingerprint)
-        # looked for only now: whoever published before has removed its commit, after its manifest was there
-        if existing(store, manifest.fingerprint):
+        # once more: whoever published meanwhile has removed its commit, after its manifest was there
+        try:
+            published = existing(store, manifest.fingerprint)
+        except ConfigError:
+            if is_mine:
+                pending.delete(_COMMIT)
+            raise
+        if published:
             tidy(store)
             return Outcome.ALREADY_PUBLISHED
         if decided is None:
@@ -260,9 +270,16 @@ def commit(
 def finish(store: Store, fingerprint: str, model_store: Store | None = None) -> bool:
     """Complete the commit of a process that was killed in it; return whether the run is published by that.
 
+    Where a manifest is, nothing is carried out, whoever's commit was left behind: it would replace what is published.
+
     Raises:
         ConfigError: another experiment is being published under this id.
     """
+    if (published := read_manifest(store)) is not None:
+        left = published.fingerprint == fingerprint and store.child(PENDING).read(_COMMIT) is not None
+        if left:
+            tidy(store)
+        return left
     decided = _decided(store, fingerprint)
     if decided is None:
         return False

@@ -20,7 +20,7 @@ import pytest
 
 from tests.support.running import ROOT, Published, python
 
-# As of job.models.export.TOLERANCE; another batch size rounds otherwise.
+# In probability; another batch size rounds otherwise.
 TOLERANCE = 1e-4
 
 # The serving side knows TensorFlow and a file of encoded images, and nothing of the project.

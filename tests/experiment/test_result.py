@@ -91,7 +91,7 @@ def test_a_saved_model_that_predicts_otherwise_is_never_published(small: dict[st
     pixels = run._pixels["test"].values[:]
     folder = outcome.folder / outcome.record.saved_model
     proof = export.prove(folder, pixels, outcome.test.probabilities)
-    assert proof.largest_logit_difference <= proof.tolerance == pytest.approx(1e-3 * max(proof.logit_spread, 0.1))
+    assert proof.largest_logit_difference <= proof.tolerance == pytest.approx(2**-14 * max(proof.logit_spread, 1))
     assert proof.same_class == proof.examples == len(pixels)
     with pytest.raises(RuntimeError, match="differs from the evaluated model"):
         export.prove(folder, 255 - pixels, outcome.test.probabilities)

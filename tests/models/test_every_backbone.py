@@ -25,7 +25,7 @@ Probabilities = npt.NDArray[np.float32]
 PHOTO_SIZE = 90
 PHOTOS = 40
 TEST_PHOTOS = 8
-# As of job.models.export.TOLERANCE; other batch sizes round otherwise.
+# In probability; another batch size rounds otherwise.
 TOLERANCE = 1e-4
 # The largest network needs 19 GB with Adam's two slots for each weight, 15 GB with one; the next one 11 GB.
 LARGEST = "ConvNeXtXLarge"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from job.errors import UnavailableError
+from job.errors import ConfigError, UnavailableError
 from job.manifest import Manifest, Result
 from job.storage.commit import Finished, Outcome, Pending, commit, existing, finish, read_manifest, upload_tree
 from job.storage.local import LocalStore
@@ -123,6 +125,86 @@ def test_wherever_publishing_ends_the_next_try_completes_it(tmp_path: Path) -> N
         assert set(store.list()) == NAMES
     # the commit, every artifact, the manifest, and the end
     assert interrupted == 1 + len(FILES) + 1 + 1
+
+
+class Interrupted(LocalStore):
+    """A folder in which something happens before one of the calls: another process works, or ours is gone."""
+
+    def __init__(self, folder: Path, before: dict[int, Callable[[], None]] | None = None) -> None:
+        super().__init__(folder, "TRANSFER_OUTPUT_URI")
+        self.before = {} if before is None else before
+        self.calls = itertools.count()
+
+    def child(self, prefix: str) -> Interrupted:
+        below = Interrupted(self._folder / prefix, self.before)
+        below.calls = self.calls
+        return below
+
+
+def counted(call: str) -> Callable[..., Any]:
+    def method(self: Interrupted, *arguments: Any) -> Any:
+        if happens := self.before.pop(next(self.calls), None):
+            happens()
+        return getattr(LocalStore, call)(self, *arguments)
+
+    return method
+
+
+for _call in ("put", "put_bytes", "create", "read", "copy", "list", "delete", "delete_all"):
+    setattr(Interrupted, _call, counted(_call))
+
+
+def gone() -> None:
+    raise SystemExit("gone")
+
+
+def started(store: Store, tree: Path, fingerprint: str) -> str:
+    """Do what a process that starts does: complete a commit, verify, or publish; return how it ended."""
+    try:
+        if not finish(store, fingerprint) and not existing(store, fingerprint):
+            publish(store, tree, fingerprint=fingerprint)
+    except ConfigError:
+        return "refused"
+    return "published"
+
+
+@pytest.mark.parametrize("second", [FINGERPRINT, OTHER], ids=["the same", "another"])
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 5])
+def test_whatever_two_processes_do_between_each_others_steps_one_sound_run_is_published_and_stays(
+    tmp_path: Path, second: str, killed: bool, step: int
+) -> None:
+    """Every step of one process against every step of another, which is killed before one of its own or not.
+
+    The other does its work before a step of the first, from its beginning or up to its end; then both start again, as a
+    scheduler has them, the one that was published first once more.
+    """
+    one, other = write_tree(tmp_path / "one", b"one"), write_tree(tmp_path / "other", b"other")
+
+    whole = Interrupted(tmp_path / "count")
+    assert started(whole, one, FINGERPRINT) == "published"
+    number, pairs = next(whole.calls), 0
+    for at in range(0, number, step):
+        for dies in range(1, number, step) if killed else (number,):
+            folder = tmp_path / f"run-{at}-{dies}"
+
+            def interrupt(folder: Path = folder, dies: int = dies) -> None:
+                with suppress(SystemExit):
+                    started(Interrupted(folder, {dies: gone}), other, second)
+
+            started(Interrupted(folder, {at: interrupt}), one, FINGERPRINT)
+            plain = LocalStore(folder, "TRANSFER_OUTPUT_URI")
+            first = read_manifest(plain)
+            before = plain.read("manifest.json")
+            again = {started(plain, other, second), started(plain, one, FINGERPRINT)}
+            assert "published" in again
+            assert again == {"published"} or second == OTHER
+            assert verify(str(folder)) == []
+            if first is not None:
+                assert plain.read("manifest.json") == before
+            assert set(plain.list()) == NAMES or second == OTHER
+            pairs += 1
+    assert pairs >= number // step
 
 
 def test_a_commit_whose_files_are_gone_is_replaced(store: Store, tree: Path, caplog: pytest.LogCaptureFixture) -> None:
