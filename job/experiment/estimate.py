@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ from job.training.evaluation import predict
 from job.training.stages import Stage
 from job.training.trainer import Trainer
 
-# Photos that are decoded to measure with; a pass without gradients is timed over so many.
+# Photos that are decoded to measure with.
 _PHOTOS = 64
-_PASS = 3
+# Batches that a pass without gradients is timed over.
+_BATCHES_TIMED = 3
 # Steps are taken for so long, once they are compiled.
 _SECONDS_OF_STEPS = 2.0
 
@@ -249,7 +251,7 @@ def _measure(plan: Plan, experiment: Experiment, name: str, sample: Rows, known:
     paces = []
     for stage in stages:
         # the real step at the full batch: what has no memory for it is found out here, not after hours
-        with too_large(batch, lambda stage=stage: _largest(trainer, stage, few, batch)):  # type: ignore[misc]
+        with too_large(batch, partial(_largest, trainer, stage, few, batch)):
             pace, compiling = _measure_stage(trainer, stage, few, batch)
         paces.append(pace)
         setting_up += compiling
@@ -320,8 +322,8 @@ def _pass(
     begin = time.perf_counter()
     run_over(function, values, np.resize(few, batch))
     compiled = time.perf_counter()
-    run_over(function, values, np.resize(few, _PASS * batch))
-    image = (time.perf_counter() - compiled) / (_PASS * batch)
+    run_over(function, values, np.resize(few, _BATCHES_TIMED * batch))
+    image = (time.perf_counter() - compiled) / (_BATCHES_TIMED * batch)
     return image, max(0.0, compiled - begin - batch * image)
 
 

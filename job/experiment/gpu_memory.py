@@ -38,6 +38,11 @@ class GpuMemory:
         """Return what is needed when most is."""
         return self.fixed + self.per_image * self.batch
 
+    @property
+    def for_rows(self) -> int:
+        """Return how much rows may take that stay on the GPU: half of what no step needs."""
+        return max(0, self.limit - self.needed) // 2
+
     def problem(self) -> Problem | None:
         """Return what to change where there is too little of it; None where there is enough, or no GPU."""
         if not self.limit or self.needed <= self.limit:
@@ -51,7 +56,7 @@ class GpuMemory:
             return Problem(
                 "TRANSFER_IMAGE_SIZE",
                 f"{said}, and one of two images does not fit. Give smaller images, a smaller network "
-                "(TRANSFER_BACKBONE), TRANSFER_PRECISION=mixed_float16, or a larger GPU",
+                "(TRANSFER_BACKBONE), TRANSFER_PRECISION=mixed_float16, or a GPU with more memory",
             )
         return Problem("TRANSFER_BATCH_SIZE", f"{said}. {_advice(fitting * self.devices)}")
 
@@ -110,4 +115,4 @@ def largest_batch(fits: Callable[[int], bool], batch: int) -> int:
 
 
 def _advice(batch: int) -> str:
-    return f"Give at most {batch}, a smaller TRANSFER_IMAGE_SIZE, TRANSFER_PRECISION=mixed_float16, or a larger GPU."
+    return f"Give at most {batch}, a smaller TRANSFER_IMAGE_SIZE, TRANSFER_PRECISION=mixed_float16, or more memory."

@@ -173,14 +173,15 @@ def _gpu_memory(
     whole = any(phase.trains is Part.ALL for some in phases.values() for phase in some)
     tail = any(phase.trains is Part.TAIL for some in phases.values() for phase in some)
     first = 0 if whole else first_trainable if tail else len(backbone.layers)
-    per_image = memory.memory_needed(
-        backbone, first_trainable, phases, training.optimizer, batch, 0, 0, augmented=training.augmentation != "none"
-    ).per_image
+    augmented = training.augmentation != "none"
+    in_main_memory = memory.memory_needed(
+        backbone, first_trainable, phases, training.optimizer, batch, examples=0, limit=0, augmented=augmented
+    )
     return gpu_memory(
         cuts.bytes_of_weights(backbone.layers),
         cuts.bytes_of_weights(backbone.layers[first:]),
         memory.SLOTS[training.optimizer],
-        per_image,
+        in_main_memory.per_image,
         batch,
         machine.gpu_bytes,
         machine.replicas.local,

@@ -41,8 +41,6 @@ from job.training.trainer import Saving, Trained, Trainer
 logger = logging.getLogger(__name__)
 
 MOST_WRONG = 12
-# Of a GPU's memory, rows that stay on it take at most this part; the other is for what steps compute.
-_SHARE_FOR_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -220,7 +218,7 @@ class Experiment:
                 settings.training,
                 self._console,
                 xla=machine.xla,
-                device_bytes=machine.gpu_bytes // _SHARE_FOR_ROWS,
+                device_bytes=self._plan.gpu_memory.for_rows if machine.gpu else None,
                 results=len(settings.data.train_fractions) * len(settings.training.seeds),
             )
             self._trained = arm, trainer

@@ -107,16 +107,7 @@ def start(settings: RuntimeSettings, platform: PlatformSettings | None = None, *
         logger.warning("XLA cannot compile for %s, so steps run without it: %s", device, fault)
         xla = "off"
     proof = proofs[0] if xla == "off" else f"{proofs[0]}, compiled by XLA too"
-    capability = _capability(gpus)
-    precision = "float32" if settings.precision == "auto" else settings.precision
-    if gpus and precision != "float32" and capability < _HALF_SINCE:
-        raise ConfigError.of(
-            "TRANSFER_PRECISION",
-            f"received '{precision}', but the GPU's compute capability is {capability[0]}.{capability[1]}, and half "
-            f"precision needs {_HALF_SINCE[0]}.{_HALF_SINCE[1]}; accepted here: auto, float32",
-        )
-    # the driver's own switch, which every library of NVIDIA's heeds
-    tf32 = bool(gpus) and capability >= _TF32_SINCE and platform.nvidia_tf32_override != "0"
+    precision, tf32 = arithmetic_of(settings.precision, _capability(gpus), platform.nvidia_tf32_override)
     tf.config.experimental.enable_tensor_float_32_execution(tf32)
     keras.config.set_dtype_policy(precision)
     if settings.deterministic:
@@ -138,10 +129,35 @@ def start(settings: RuntimeSettings, platform: PlatformSettings | None = None, *
     )
 
 
-def _capability(gpus: list[tf.config.PhysicalDevice]) -> tuple[int, int]:
-    """Return the lowest compute capability among the GPUs; (0, 0) without one, or of one that does not tell."""
+def arithmetic_of(
+    asked_for: str, capability: tuple[int, int] | None, tf32_override: str | None = None
+) -> tuple[str, bool]:
+    """Return the precision, and whether products of float32 are taken of TF32's 10 bits.
+
+    Args:
+        asked_for: the setting.
+        capability: of the GPUs, the lowest; None on a CPU.
+        tf32_override: the driver's own switch, which every library of NVIDIA's heeds; 0 switches TF32 off.
+
+    Raises:
+        ConfigError: half precision is asked for, and the GPU has no units for it.
+    """
+    precision = "float32" if asked_for == "auto" else asked_for
+    if capability is None:
+        return precision, False
+    if precision != "float32" and capability < _HALF_SINCE:
+        raise ConfigError.of(
+            "TRANSFER_PRECISION",
+            f"received '{precision}', but the GPU's compute capability is {capability[0]}.{capability[1]}, and half "
+            f"precision needs {_HALF_SINCE[0]}.{_HALF_SINCE[1]}; accepted here: auto, float32",
+        )
+    return precision, capability >= _TF32_SINCE and tf32_override != "0"
+
+
+def _capability(gpus: list[tf.config.PhysicalDevice]) -> tuple[int, int] | None:
+    """Return the lowest compute capability among the GPUs; None without one, (0, 0) of one that does not tell."""
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
-    return min((detail.get("compute_capability", (0, 0)) for detail in details), default=(0, 0))
+    return min((detail.get("compute_capability", (0, 0)) for detail in details), default=None)
 
 
 def _gpu_bytes() -> int:

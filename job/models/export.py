@@ -139,8 +139,8 @@ def prove(
     """
     answer = tf.saved_model.load(folder).signatures["from_pixels"](pixels=tf.constant(pixels))
     served = answer["probabilities"].numpy()
-    measured = _centred_logits(probabilities)
-    differences = np.abs(_centred_logits(served) - measured)
+    measured = centred_logits(probabilities)
+    differences = np.abs(centred_logits(served) - measured)
     spread = float(measured.std())
     tolerance = TOLERANCES[arithmetic] * max(spread, _LEAST_SPREAD)
     difference = float(differences.max())
@@ -166,6 +166,7 @@ def prove(
     )
 
 
-def _centred_logits(probabilities: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+def centred_logits(probabilities: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Return the logits [n, classes] of ``probabilities``, with the mean of each example's at zero."""
     logits = np.log(np.maximum(probabilities.astype(np.float64), _LEAST_PROBABILITY))
     return np.asarray(logits - logits.mean(axis=1, keepdims=True))

@@ -247,6 +247,7 @@ def commit(
         try:
             published = existing(store, manifest.fingerprint)
         except ConfigError:
+            # by now it may be a third process's: that one finds the manifest, too
             if is_mine:
                 pending.delete(_COMMIT)
             raise

@@ -43,7 +43,7 @@ class Compilation:
         self._seen: set[tuple[bool, int]] = set()
         self._first_seconds = 0.0
         self._settled: bool | None = {"off": False, "on": True}.get(mode)
-        self.compiled = False
+        self._trying = False
 
     @property
     def examples_per_second(self) -> float:
@@ -55,7 +55,8 @@ class Compilation:
         """Return whether the next call, with ``left`` steps to come in the result, is one for XLA."""
         if self._settled is not None:
             return self._settled
-        if self.compiled:
+        # asked for the next call while one is made ready, so before the first one has been compiled
+        if self._trying:
             return True
         if self._steps[False] < _STEPS_TIMED:
             return False
@@ -66,6 +67,7 @@ class Compilation:
             "%s: steps of %.1f ms, for %.0f s more: XLA compiles them", self._name,
             1000 * self._per_step(padded=False), expected, extra={"seconds": expected},
         )  # fmt: skip
+        self._trying = True
         return True
 
     def take(self, steps: Steps, call: Call, seed: int, done: int, votes: tuple[float, float]) -> tuple[float, float]:
@@ -74,7 +76,7 @@ class Compilation:
             return steps(call, seed, done, votes)
         except tf.errors.OpError as error:
             # a step that is compiled changes nothing before it has been: ptxas or memory may be lacking
-            if not call.padded or self._mode == "on" or self.compiled:
+            if not call.padded or self._mode == "on" or any(padded for padded, _ in self._seen):
                 raise
             logger.warning(
                 "%s: XLA cannot compile the steps, so they run without it: %s", self._name, first_line(error)
@@ -86,7 +88,6 @@ class Compilation:
     def took(self, call: Call, seconds: float) -> bool:
         """Take note of the seconds of a call, and return whether they tell how long the next will take."""
         kind = call.padded
-        self.compiled |= kind
         shape = kind, int(call.feeds[0].order.shape[1])
         if shape not in self._seen:
             # the first one traces and compiles, and for each size of a batch a GPU chooses kernels: once that took 60 s

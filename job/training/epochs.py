@@ -36,7 +36,7 @@ class PhaseRun:
     """One phase of one result: what an epoch of it does.
 
     done: steps taken in the phase. images: examples stepped over in this life of the run. per_call: steps in the next
-    call.
+    call. xla: whether XLA compiled some of the steps, in this life.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class PhaseRun:
         self._replicas = classifier.replicas
         self.images = 0
         self.done = 0
+        self.xla = False
         self.per_call = 1
         self._epochs = 0
         self._epoch_seconds = 0.0
@@ -131,6 +132,7 @@ class PhaseRun:
             votes = float(asked_to_stop()), float(fitting if self._replicas.is_chief else 0)
             stops, steps_next = self._compilation.take(self._steps, call, self._chance_seed, self.done, votes)
             now = time.perf_counter()
+            self.xla |= call.padded and self._steps.by_xla
             if self._compilation.took(call, now - before):
                 fitting = min(max(1, int(_SECONDS_PER_CALL * call.steps / (now - before))), self._feeder.most_steps)
             self.per_call = int(steps_next) if self._replicas.workers > 1 else fitting

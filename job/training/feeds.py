@@ -21,6 +21,8 @@ from job.models.frozen_features import HELD_SHARE
 
 # Rows that are read ahead of a call, at most.
 _BYTES_AHEAD = 32 * 2**20
+# An arm has two phases at most, with rows of their own.
+_PHASES = 2
 # Steps that a padded call has room for, at most: their order takes 64 numbers a row of a batch.
 _STEPS_PADDED = 64
 
@@ -89,8 +91,8 @@ def packed_spec(cut: Cut) -> tf.TensorSpec:
 class Residents:
     """Rows that stay on the devices while steps are taken on them, kept for the next result."""
 
-    def __init__(self, replicas: Replicas, device_bytes: int) -> None:
-        """Take the bytes that rows may take on a device; 0 where its memory is the process's own."""
+    def __init__(self, replicas: Replicas, device_bytes: int | None = None) -> None:
+        """Take the bytes that rows may take on a device, in all; None where its memory is the process's own."""
         self._replicas = replicas
         self._device_bytes = device_bytes
         self._kept: list[tuple[Rows, list[tuple[tf.Tensor, tf.Tensor]]]] = []
@@ -103,8 +105,7 @@ class Residents:
         values = self._loaded(rows)
         if values is None:
             return None
-        # an arm has two phases, with rows of their own
-        del self._kept[:-1]
+        del self._kept[: 1 - _PHASES]
         labels = rows.labels[rows.in_place()].astype(np.int64)
         tensors = [
             (tf.identity(tf.constant(packed(values))), tf.identity(tf.constant(labels)))
@@ -115,11 +116,13 @@ class Residents:
 
     def _loaded(self, rows: Rows) -> npt.NDArray[Any] | None:
         values = rows.values
+        if self._device_bytes is None:
+            return values if isinstance(values, np.ndarray) else None
+        if not isinstance(values, np.ndarray | RowFile) or values.nbytes > self._device_bytes // _PHASES:
+            return None
         if isinstance(values, np.ndarray):
-            return values if not self._device_bytes or values.nbytes <= self._device_bytes else None
-        if isinstance(values, RowFile) and values.nbytes <= min(self._device_bytes, memory_left() // HELD_SHARE):
-            return values.load()
-        return None
+            return values
+        return values.load() if values.nbytes <= memory_left() // HELD_SHARE else None
 
 
 class Feeder:

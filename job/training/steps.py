@@ -27,6 +27,8 @@ class Steps:
 
     There are two of the same: plain, for calls of any number of steps, the last one on a smaller batch; and compiled by
     XLA, for padded calls, in which rows of weight 0 fill the last batch up.
+
+    by_xla: whether padded calls are compiled by XLA.
     """
 
     def __init__(self, classifier: Classifier, stage: Stage, optimizer: str, batch_size: int, *, xla: bool) -> None:
@@ -46,10 +48,15 @@ class Steps:
             FlatOptimizer(make_optimizer(optimizer), [replicas.own(variable, number) for variable in trained])
             for number in replicas.on_each_device()
         ]
-        flat, head, alone = self._optimizers[0], classifier.head, replicas.count == 1
+        head, alone = classifier.head, replicas.count == 1
 
-        def gradient(rows: tf.Tensor, labels: tf.Tensor, weights: Any, size: tf.Tensor, chance: Chance) -> Tensors:
-            """Return the flat gradient, the summed loss and the number of right answers of some rows of a batch."""
+        def gradient(
+            rows: tf.Tensor, labels: tf.Tensor, weights: Any, size: tf.Tensor, chance: Chance, scale: Any
+        ) -> Tensors:
+            """Return the flat gradient, the summed loss and the number of right answers of some rows of a batch.
+
+            scale: what makes of the loss that of which the gradient is taken.
+            """
             values = [variable.value for variable in trained]
             rows = unpacked(rows, cut)
             rows = augment(rows, chance) if augment else rows
@@ -57,7 +64,7 @@ class Steps:
                 tape.watch(values)
                 logits = head(cut.tail(rows, phase.trains_batch_norm), chance=chance)
                 losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits) * weights
-                scaled = flat.scale_loss(tf.reduce_sum(losses) / size)
+                scaled = scale(tf.reduce_sum(losses) / size)
             hits = tf.cast(tf.equal(tf.argmax(logits, axis=1), labels), tf.float32)
             return [joined(tape.gradient(scaled, values)), tf.reduce_sum(losses), tf.reduce_sum(hits * weights)]
 
@@ -71,15 +78,15 @@ class Steps:
                 layers: list[Any] = []
 
                 def share(replica: int) -> tuple[Tensors, Tensors]:
-                    feed = feeds[replica]
+                    feed, scale = feeds[replica], self._optimizers[replica].scale_loss
                     drawn = tf.stack([seed, done + i + 1])
                     rows, labels = tf.gather(feed.rows, feed.order[i]), tf.gather(feed.labels, feed.order[i])
                     voted = votes if replica == 0 else tf.zeros_like(votes)
                     if alone and not padded:
-                        return [*gradient(rows, labels, 1.0, sizes[i], Chance(drawn)), voted], []
+                        return [*gradient(rows, labels, 1.0, sizes[i], Chance(drawn), scale), voted], []
                     chance = Chance(drawn, batch_size, feed.places[i])
                     with synchronised(feed.weights[i], alone=alone) as over_all:
-                        found = gradient(rows, labels, feed.weights[i], sizes[i], chance)
+                        found = gradient(rows, labels, feed.weights[i], sizes[i], chance, scale)
                     layers[:] = [layer for layer, *_ in over_all.moments]
                     moments = [moment for _, *moments in over_all.moments for moment in moments]
                     return [*found, voted], moments
@@ -116,12 +123,14 @@ class Steps:
 
             return tf.function(call, signature, autograph=False, jit_compile=xla or None)
 
+        self.by_xla = xla
         self._function = function
         self._functions = {False: function(padded=False), True: function(padded=True, xla=xla)}
         self._lengths = schedule(1)
 
     def leave_xla(self) -> None:
         """Take padded calls without XLA too."""
+        self.by_xla = False
         self._functions[True] = self._function(padded=True)
 
     def traced(self, *, padded: bool = False) -> Any:

@@ -66,13 +66,13 @@ class Trainer:
         console: Console,
         *,
         xla: Mode = "off",
-        device_bytes: int = 0,
+        device_bytes: int | None = None,
         results: int = 1,
     ) -> None:
         """Take the classifier, whose variables may be set to other values between results, but not replaced.
 
         name: the arm's, for the log and the bar. xla: whether steps are compiled by XLA; auto where that is faster.
-        device_bytes: that rows may take in the memory of a GPU; 0 on a CPU. results: how many are to be trained.
+        device_bytes: that rows may take in the memory of a GPU; None on a CPU. results: how many are to be trained.
         """
         self.classifier = classifier
         self.name = name
@@ -116,8 +116,8 @@ class Trainer:
             session.end()
         self._results -= 1
         done = session.progress
-        compiled = any(compilation.compiled for _, compilation in self._steps.values())
-        return Trained(done.history, done.images, done.seconds, session.examples_per_second, done.resumed, compiled)
+        xla = self._xla == "on" or session.xla
+        return Trained(done.history, done.images, done.seconds, session.examples_per_second, done.resumed, xla)
 
     def _shared(self, found: Checkpoint | None) -> Checkpoint | None:
         """Return the chief's checkpoint on every worker: the others may not see where it is kept."""
@@ -193,6 +193,7 @@ class _Session:
         self._steps: Steps | None = None
         self._run: PhaseRun | None = None
         self.examples_per_second = math.nan
+        self.xla = False
 
     @property
     def progress(self) -> Progress:
@@ -241,6 +242,7 @@ class _Session:
                 if self._told:
                     self._told(self._before.history)
             self.examples_per_second = run.examples_per_second
+            self.xla |= run.xla
             self._before = replace(self.progress, phase=number + 1, phase_step=0, epoch_seconds=0.0)
             self._start = time.perf_counter()
             self._steps = self._run = None

@@ -7,7 +7,7 @@ import os
 import pytest
 import tensorflow as tf
 
-from job.machine.runtime import prove, start, xla_fault
+from job.machine.runtime import arithmetic_of, prove, start, xla_fault
 from job.settings.groups import RuntimeSettings
 from tests.support.refusals import refused
 
@@ -31,6 +31,17 @@ def test_xla_is_proven_where_it_is_asked_for() -> None:
     machine = start(RuntimeSettings(xla="on"))
     assert machine.xla == "on"
     assert machine.proof.endswith(", compiled by XLA too")
+
+
+def test_on_a_gpu_the_precision_is_a_rule_of_its_compute_capability() -> None:
+    assert arithmetic_of("auto", None) == ("float32", False)
+    assert arithmetic_of("mixed_bfloat16", None) == ("mixed_bfloat16", False)
+    assert arithmetic_of("auto", (7, 5)) == ("float32", False)
+    assert arithmetic_of("auto", (8, 0)) == arithmetic_of("float32", (9, 0)) == ("float32", True)
+    assert arithmetic_of("auto", (9, 0), "0") == ("float32", False)
+    assert arithmetic_of("mixed_float16", (7, 0))[0] == "mixed_float16"
+    with refused("TRANSFER_PRECISION", "mixed_float16", "6.1", "7.0", "float32"):
+        arithmetic_of("mixed_float16", (6, 1))
 
 
 def test_a_device_that_cannot_compute_is_refused() -> None:

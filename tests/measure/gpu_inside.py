@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import numpy.typing as npt
 
 from tests.measure.gpu_data import HIDE_GPUS, Found, Place, alone, demo, rated, run_program
 
@@ -92,6 +91,7 @@ def serve(place: Place) -> Found:
     os.environ.update(HIDE_GPUS)
     import tensorflow as tf
 
+    from job.models.export import centred_logits
     from tests.support.photos import examples_of
 
     settings = demo(place)
@@ -115,17 +115,11 @@ def serve(place: Place) -> Found:
         arms[result["arm"]] = {
             "examples": len(rows),
             "largest_difference": float(np.abs(served - measured).max()),
-            "largest_logit_difference": float(np.abs(_centred_logits(served) - _centred_logits(measured)).max()),
+            "largest_logit_difference": float(np.abs(centred_logits(served) - centred_logits(measured)).max()),
             "agreement": float((served.argmax(axis=1) == measured.argmax(axis=1)).mean()),
             "proof": result.get("export_proof"),
         }
     return {"arms": arms}
-
-
-def _centred_logits(probabilities: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Return logits as the manifest's proof of an export has them: the mean of an example's is zero."""
-    logits = np.log(np.maximum(probabilities.astype(np.float64), 1e-30))
-    return np.asarray(logits - logits.mean(axis=1, keepdims=True))
 
 
 def decode(place: Place) -> Found:

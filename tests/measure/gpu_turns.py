@@ -111,8 +111,8 @@ class Worker:
 
 
 @contextmanager
-def _started(place: Place, wanted: Sequence[str], batch: int, precision: str) -> Iterator[dict[str, Worker]]:
-    settings = rated(place, batch_size=str(batch), precision=precision)
+def _started(place: Place, wanted: Sequence[str], batch: int) -> Iterator[dict[str, Worker]]:
+    settings = rated(place, batch_size=str(batch))
     turn = ["--seconds", str(SECONDS_PER_TURN if not place.cpu else 0.2)]
     with ExitStack() as stack:
         workers = {}
@@ -161,11 +161,6 @@ def medians(turns: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: median(turn[name] for turn in turns) for name in names}
 
 
-def _precision(place: Place) -> str:
-    """Return what ``auto`` means here, as ``run`` found out: a probe beside others could come out otherwise."""
-    return str((place.found("run") or {}).get("precision") or "auto")
-
-
 def measure(place: Place, wanted: Sequence[str], seconds: float) -> None:
     """Measure all batch sizes, and keep what is known after each."""
     deadline = time.monotonic() + seconds
@@ -177,7 +172,7 @@ def measure(place: Place, wanted: Sequence[str], seconds: float) -> None:
             break
         left = deadline - begin
         until = begin + max(left / (len(sizes) - number), min(left, _ENOUGH_SECONDS)) - _SECONDS_TO_END
-        with _started(place, wanted, batch, _precision(place)) as workers:
+        with _started(place, wanted, batch) as workers:
             batches[str(batch)] = _measured(workers, until, 1 if place.cpu else ROUNDS)
         for part in wanted:
             shown = {

@@ -71,7 +71,7 @@ def main() -> None:
         phase = Phase("all", Part.ALL, 1, 1e-3, trains_batch_norm=True)
         stage = Stage(phase, model.cut(Part.ALL), rows, np.arange(BATCH), rows)
         steps[name] = Steps(model, stage, "adam", BATCH, xla=False)
-        call = Feeder(*stage.stepped, BATCH, Replicas(), Residents(Replicas(), 0), 1).read([np.arange(BATCH)])
+        call = Feeder(*stage.stepped, BATCH, Replicas(), Residents(Replicas()), 1).read([np.arange(BATCH)])
         forward[name] = model.inference(model.cut(Part.ALL))
 
     def step(name: str) -> Callable[[], Any]:

@@ -43,7 +43,7 @@ def rates(stage: Stage, steps: Steps, run: PhaseRun, batch_size: int, pairs: int
     order = order[: len(order) // batch_size * batch_size]
     one = order[:batch_size]
     rows = Rows(("",) * batch_size, stage.train.labels[one], stage.train.read(one), (b"",) * batch_size)
-    feeder = Feeder(stage.cut, rows, batch_size, Replicas(), Residents(Replicas(), 0), len(order))
+    feeder = Feeder(stage.cut, rows, batch_size, Replicas(), Residents(Replicas()), len(order))
 
     def training() -> None:
         run.steps_over(order, lambda _: None)

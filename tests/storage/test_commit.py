@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -185,7 +186,7 @@ def test_whatever_two_processes_do_between_each_others_steps_one_sound_run_is_pu
     assert started(whole, one, FINGERPRINT) == "published"
     number, pairs = next(whole.calls), 0
     for at in range(0, number, step):
-        for dies in range(1, number, step) if killed else (number,):
+        for dies in range(1, number, step) if killed else (sys.maxsize,):
             folder = tmp_path / f"run-{at}-{dies}"
 
             def interrupt(folder: Path = folder, dies: int = dies) -> None:

@@ -78,7 +78,8 @@ class Audit:
     the tensors. without_kernel: operations that only the host can run. variables_on_host: name and dtype of those that
     TensorFlow keeps there; a function that XLA compiles for a GPU may not reach them (tensorflow#53192).
     rows_through_host: operations that run on the host, or take or give in its memory, what is made of rows.
-    not_compiled: operations that XLA cannot compile for a GPU, whatever their shapes.
+    not_compiled: operations that XLA cannot compile for a GPU, whatever their shapes. not_followed: operations that
+    call functions into which the audit cannot see, so that nothing is known of these.
     """
 
     ops: int
@@ -88,6 +89,7 @@ class Audit:
     variables_on_host: tuple[tuple[str, str], ...]
     rows_through_host: tuple[Op, ...]
     not_compiled: tuple[Op, ...]
+    not_followed: tuple[Op, ...]
 
     @property
     def verdict(self) -> str:
@@ -97,6 +99,7 @@ class Audit:
             "variables on the host": [f"{name} ({dtype})" for name, dtype in self.variables_on_host],
             "rows through the host": self.rows_through_host,
             "not for XLA": self.not_compiled,
+            "not followed": self.not_followed,
         }
         return "; ".join(f"{what}: {', '.join(sorted(set(map(str, which))))}" for what, which in told.items() if which)
 
@@ -106,9 +109,6 @@ def audit(function: Any, rows: Iterable[int] = (0,)) -> Audit:
 
     What is made of rows is followed through all operations and the functions that they call, but not into a variable
     and out again. A tensor counts as long as it may have ``_FEW`` values, so where a dimension is unknown, too.
-
-    Raises:
-        NotImplementedError: an operation calls functions in a way that is not followed.
     """
     walk, graph, holding = _Walk(), function.graph, set(rows)
     walk.through(graph, [place in holding for place in range(len(graph.inputs))])
@@ -127,6 +127,7 @@ def audit(function: Any, rows: Iterable[int] = (0,)) -> Audit:
         variables_on_host=tuple(sorted(on_host)),
         rows_through_host=tuple(sorted(walk.rows_through_host)),
         not_compiled=tuple(sorted(walk.not_compiled)),
+        not_followed=tuple(sorted(walk.not_followed)),
     )
 
 
@@ -149,6 +150,7 @@ class _Walk:
         self.without_kernel: set[Op] = set()
         self.rows_through_host: set[Op] = set()
         self.not_compiled: set[Op] = set()
+        self.not_followed: set[Op] = set()
 
     def through(self, graph: Any, rows: Sequence[bool], path: str = "") -> list[bool]:
         """Return which of the results of ``graph`` are made of rows, where these of its arguments are."""
@@ -189,10 +191,10 @@ class _Walk:
         return [any(each) for each in zip(*results, strict=True)]
 
     def _run(self, op: Any, made: set[Any], path: str) -> None:
-        if any(attr.type in ("func", "list(func)") for attr in op.op_def.attr):
-            raise NotImplementedError(f"{op.name}: the functions that {op.type} calls are not followed")
         dtypes = _dtypes(op)
         told = Op(path + op.name, op.type, tuple(dtype.name for _, some in dtypes for dtype in some))
+        if any(attr.type in ("func", "list(func)") for attr in op.op_def.attr):
+            self.not_followed.add(told)
         if _kernel(op.type, dtypes, _BY_XLA) is None:
             self.not_compiled.add(told)
         kernel = _kernel(op.type, dtypes, _ON_GPU)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from job.arms import ARMS, Part, Recipe
+from job.arms import ARMS, Part, Phase, Recipe
 from job.backbone_table import BACKBONES
 from job.data.rows import Rows
 from job.machine import console
@@ -25,7 +25,7 @@ from job.training.compilation import Compilation, Mode
 from job.training.feeds import Feeder, Residents, packed, packed_spec, unpacked
 from job.training.stages import Augmented, Stage
 from job.training.steps import Steps
-from job.training.trainer import Trainer
+from job.training.trainer import Trained, Trainer
 from tests.support.running import completed, published_in
 
 # Two whole batches and a part, so that rows of no weight fill the last one up.
@@ -64,7 +64,7 @@ def trained(
     stage = Stage(phase, cut, rows, np.arange(PHOTOS), rows, augmented)
     compiled = Steps(model, stage, "sgd", BATCH, xla=xla)
     compiled.reset(6)
-    feeder = Feeder(*stage.stepped, BATCH, Replicas(), Residents(Replicas(), 0), PHOTOS)
+    feeder = Feeder(*stage.stepped, BATCH, Replicas(), Residents(Replicas()), PHOTOS)
     done = 0
     for epoch in range(2):
         compiled.reset_sums()
@@ -121,26 +121,42 @@ def test_random_numbers_are_those_of_tensorflow_whoever_compiles(compiled: bool)
     np.testing.assert_array_equal(drawn(seed), tf.random.stateless_uniform([32, 5], folded, alg="philox")[:30])
 
 
-def run_of(pixels: Rows, arm: str, mode: Mode, results: int = 1) -> Trainer:
+def trained_by(pixels: Rows, mode: Mode, epochs: int, results: int = 1) -> tuple[Trained, list[Any]]:
+    """Train a head through ``epochs`` of three steps; return what it gave, and the variables.
+
+    results: that the trainer expects to train.
+    """
     model = classifier()
-    settings = TrainingSettings(epochs=2, head_epochs=0, batch_size=BATCH, arms=(arm,))
-    trainer = Trainer(arm, model, settings, console.Console(None), xla=mode, results=results)
-    (phase,) = ARMS[arm].phases(Recipe(2, 0, 1e-2, 1e-2))
+    settings = TrainingSettings(epochs=epochs, batch_size=BATCH)
+    trainer = Trainer("frozen", model, settings, console.Console(None), xla=mode, results=results)
+    phase = Phase("head", Part.HEAD, epochs, 1e-3)
     cut = model.cut(phase.trains)
-    for seed in range(results):
-        trainer.train((Stage(phase, cut, pixels, np.arange(PHOTOS), pixels),), seed)
-    return trainer
+    rows = replace(pixels, values=np.asarray(cut.trunk(tf.constant(pixels.values))))
+    done = trainer.train((Stage(phase, cut, rows, np.arange(PHOTOS), rows),), seed=1)
+    return done, [variable.numpy() for variable in model.head.variables]
 
 
 def test_xla_is_not_tried_for_steps_that_are_soon_over(pixels: Rows) -> None:
-    trainer = run_of(pixels, "scratch", "auto")
-    ((_, compilation),) = trainer._steps.values()
-    assert not compilation.compiled
+    assert not trained_by(pixels, "auto", epochs=30)[0].xla
+    assert trained_by(pixels, "on", epochs=2)[0].xla
+
+
+def test_training_that_goes_over_to_xla_half_way_ends_as_without_it(pixels: Rows) -> None:
+    plain, expected = trained_by(pixels, "off", epochs=30)
+    # so many results to come that it pays, however slow this machine is
+    changed, found = trained_by(pixels, "auto", epochs=30, results=10**7)
+    assert (plain.xla, changed.xla) == (False, True)
+    assert changed.images == plain.images == 30 * PHOTOS
+    assert [each.train_loss for each in changed.history] == pytest.approx(
+        [each.train_loss for each in plain.history], rel=1e-4
+    )
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_xla_is_tried_where_steps_take_long_beside_the_first_one_and_kept_where_it_is_faster(pixels: Rows) -> None:
     cut = Cut("pixels", (33, 33, 3), np.dtype(np.uint8), lambda rows: rows, lambda rows, _: rows)
-    feeder = Feeder(cut, pixels, BATCH, Replicas(), Residents(Replicas(), 0), PHOTOS)
+    feeder = Feeder(cut, pixels, BATCH, Replicas(), Residents(Replicas()), PHOTOS)
 
     def timed(plain: float, compiled: float, further: int) -> tuple[Compilation, list[bool]]:
         """Take calls of ten steps in so many seconds each; the first of each size takes 5 s."""
@@ -180,12 +196,13 @@ def test_where_xla_fails_training_goes_on_without_it_unless_it_is_asked_for(pixe
         steps.reset(4)
         return steps, Compilation("scratch", mode)
 
-    feeder = Feeder(classifier().cut(Part.ALL), pixels, BATCH, Replicas(), Residents(Replicas(), 0), PHOTOS)
+    feeder = Feeder(classifier().cut(Part.ALL), pixels, BATCH, Replicas(), Residents(Replicas()), PHOTOS)
     call = feeder.read([np.arange(BATCH)], padded=True)
     steps, compilation = steps_of("auto")
     compilation.take(steps, call, 5, 0, (0.0, 0.0))
     assert steps.sums()[0] > 0
     assert not compilation.padded(left=10**6)
+    assert not steps.by_xla
     steps, compilation = steps_of("on")
     with pytest.raises(tf.errors.InvalidArgumentError, match="XLA"):
         compilation.take(steps, call, 5, 0, (0.0, 0.0))

@@ -217,12 +217,13 @@ def test_labels_order_and_shapes_may_lie_on_the_host() -> None:
     assert "Equal(int32)" in audited(counted, PIXELS, labels, rows=(1,)).verdict
 
 
-def test_functions_that_are_not_followed_are_refused() -> None:
+def test_functions_that_are_not_followed_are_no_pass() -> None:
     def read(pixels: tf.Tensor) -> tf.Tensor:
         return tf.data.Dataset.from_tensor_slices(pixels).map(total).reduce(0.0, tf.add)
 
-    with pytest.raises(NotImplementedError, match="MapDataset"):
-        audited(read, PIXELS)
+    found = audited(read, PIXELS)
+    assert {"MapDataset", "ReduceDataset"} <= {op.type for op in found.not_followed}
+    assert "not followed: MapDataset" in found.verdict
 
 
 def test_the_table_has_a_line_for_each_function() -> None:

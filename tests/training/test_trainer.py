@@ -179,7 +179,7 @@ def test_killed_at_any_checkpoint_training_ends_with_the_same_weights_and_histor
 
 def test_several_steps_in_one_call_are_those_steps_one_by_one(separable: Rows) -> None:
     order = np.random.default_rng(1).permutation(90)[:80].reshape(5, 16)
-    feeder = Feeder(POOLED, separable, 16, Replicas(), Residents(Replicas(), 0), 5)
+    feeder = Feeder(POOLED, separable, 16, Replicas(), Residents(Replicas()), 5)
     sums, weights = [], []
     for calls in ([order], [batch[None] for batch in order]):
         model = Pooled()
