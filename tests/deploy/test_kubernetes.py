@@ -334,6 +334,8 @@ def image(rendered: Rendered) -> Problems:
         yield f"the image is {rendered.container['image']} instead of {wanted}"
     if rendered.container.get("imagePullPolicy") != "IfNotPresent":
         yield "an image that is there is pulled again, or by the tag's rule"
+    if rendered.environment().get("JOB_IMAGE") != (rendered.container["image"] if on_gpu else None):
+        yield "the manifest would name another image than the one that runs"
     # The image has CUDA from Python packages, and where GKE mounts the driver is not on its loader's path.
     if on_gpu != (rendered.environment().get("LD_LIBRARY_PATH") == "/usr/local/nvidia/lib64"):
         yield "the GPU's driver is not found on GKE"
@@ -626,6 +628,7 @@ BREAKS: list[tuple[str, str, Callable[[Rendered], None]]] = [
     ("image", JOB, change("container/image", IMAGE)),
     ("image", "cpu", change("container/image", f"{IMAGE}:0.1.0")),
     ("image", JOB, change("container/env/2")),
+    ("image", JOB, change("container/env/4/value", f"REGISTRY/{IMAGE}@sha256:{'0' * 64}")),
     ("settings", JOB, change("container/env/0/name", "TRANSFER_CACHEDIR")),
     ("settings", JOB, change("container/env/0/value", "gs://bucket/cache")),
     ("settings", JOB, lambda rendered: place(rendered, "TRANSFER_EPOCHS", "many")),
