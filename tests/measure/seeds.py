@@ -1,6 +1,6 @@
 """How far the test accuracy of each arm moves from seed to seed, from the manifest of a published run.
 
-    python -m tests.measure.seeds output/RUN_ID    prints a Markdown table; takes a second
+python -m tests.measure.seeds output/RUN_ID    prints a Markdown table; takes a second
 """
 
 from __future__ import annotations
