@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -86,13 +86,17 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Bound:
-    """One sentence that must hold, with its figure in each round. The median is held against the limit."""
+    """One sentence that must hold, with its figure in each round. The median is held against the limit.
+
+    mark: stands behind figures from a stretch that was slow.
+    """
 
     sentence: str
     values: tuple[float, ...]
     limit: float
     at_least: bool = False
     form: str = "{:.1f}"
+    mark: str = ""
 
     @property
     def holds(self) -> bool:
@@ -105,7 +109,7 @@ class Bound:
         """Return the sentence, what was measured, and the verdict."""
         if not self.values:
             return f"- {self.sentence}: not measured"
-        return f"- {self.sentence}: {spread(self.values, self.form)}: {'yes' if self.holds else 'MISSED'}"
+        return f"- {self.sentence}: {spread(self.values, self.form)}{self.mark}: {'yes' if self.holds else 'MISSED'}"
 
 
 def spread(values: Sequence[float], form: str = "{:.1f}") -> str:
@@ -136,6 +140,11 @@ def _runs(stretches: Sequence[Stretch], arm: str, program: str) -> list[Run]:
     return [one.runs[program] for one in kept(stretches) if one.arm == arm and program in one.runs]
 
 
+def _mark(stretches: Sequence[Stretch], arms: Sequence[str], program: str) -> str:
+    slow = any(one.slow and one.arm in arms and program in one.runs for one in kept(stretches))
+    return SLOW if slow else ""
+
+
 def _markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -159,7 +168,7 @@ def _beside(stretches: Sequence[Stretch], arm: str, plain: str, figure: str) -> 
     found = [(of(job), of(run)) for job, run in pairs(stretches, arm, "job", plain)]
     if not found:
         return ["", "", "0"]
-    mark = SLOW if any(one.slow and one.arm == arm and plain in one.runs for one in kept(stretches)) else ""
+    mark = _mark(stretches, [arm], plain)
     ratios = spread([run / job for job, run in found])
     return [f"{median(run for _, run in found):.1f}", f"{ratios}{mark}", str(len(found))]
 
@@ -196,12 +205,8 @@ def speeds(stretches: Sequence[Stretch]) -> str:
         f"The machine's own speed, {len(every)} times before and after processes: {spread(every, '{:.0f}')} GFLOP/s. "
     )
     text += f"Repeated, since it changed by more than {STEADY:.0%} meanwhile: {again} of {len(stretches)} stretches.\n"
-    never = [
-        f"{SLOW} never steady: in {one.name}, the speed changed by {one.change:.0%} at the last try.\n"
-        for one in counted
-        if one.slow
-    ]
-    return "\n".join([text, *never])
+    slow = "; ".join(f"{one.name}, by {one.change:.0%}" for one in counted if one.slow)
+    return f"{text}\n{SLOW} It changed at the last try too in {slow}.\n" if slow else text
 
 
 def bounds(stretches: Sequence[Stretch], step_rate: dict[str, dict[str, float]] | None) -> list[Bound]:
@@ -211,9 +216,12 @@ def bounds(stretches: Sequence[Stretch], step_rate: dict[str, dict[str, float]] 
         of: Callable[[Run], float] = attrgetter(figure)
         ratios = tuple(of(run) / of(job) for job, run in pairs(stretches, arm, "job", "tuned"))
         what = arm if figure == "seconds" else f"{arm} as a whole process"
-        found.append(Bound(f"{what} at least {limit:g} times faster than tuned Keras", ratios, limit, at_least=True))
+        sentence, mark = f"{what} at least {limit:g} times faster than tuned Keras", _mark(stretches, [arm], "tuned")
+        found.append(Bound(sentence, ratios, limit, at_least=True, mark=mark))
     sentence = f"the three arms together at least {TOGETHER:g} times faster than tuned Keras"
-    found.append(Bound(sentence, _together(stretches), TOGETHER, at_least=True))
+    full = _full(stretches)
+    mark = _mark(full, _arms(full), "tuned")
+    found.append(Bound(sentence, _together(full), TOGETHER, at_least=True, mark=mark))
     for arm in _arms(stretches):
         both = pairs(stretches, arm, "job", "tuned")
         width = median(job.interval[1] - job.interval[0] for job, _ in both if job.interval)
@@ -228,19 +236,27 @@ def bounds(stretches: Sequence[Stretch], step_rate: dict[str, dict[str, float]] 
     found.append(Bound(f"start-up, planning, export and publishing of one result under {REST} s", rest, REST))
     for arm, limit in SECOND_SEED:
         shares = tuple(seed.seconds / run.seconds for seed, run in pairs(stretches, arm, "second seed", "tuned"))
-        found.append(Bound(f"a second seed of {arm} under {limit:.0%} of tuned Keras's", shares, limit, form="{:.1%}"))
+        sentence, mark = (
+            f"a second seed of {arm} under {limit:.0%} of tuned Keras's",
+            _mark(stretches, [arm], "second seed"),
+        )
+        found.append(Bound(sentence, shares, limit, form="{:.1%}", mark=mark))
     return found
 
 
-def _together(stretches: Sequence[Stretch]) -> tuple[float, ...]:
-    """Return tuned Keras's seconds by the job's, over all arms, in each round that has three of them."""
-    rounds: defaultdict[int, list[dict[str, Run]]] = defaultdict(list)
-    for one in kept(stretches):
-        if {"job", "tuned"} <= one.runs.keys():
-            rounds[one.round].append(one.runs)
-    full = [arms for arms in rounds.values() if len(arms) == 3]
+def _full(stretches: Sequence[Stretch]) -> list[Stretch]:
+    """Return the pairs of job and tuned Keras in those rounds that have all three arms."""
+    both = [one for one in kept(stretches) if {"job", "tuned"} <= one.runs.keys()]
+    arms = Counter(one.round for one in both)
+    return [one for one in both if arms[one.round] == 3]
+
+
+def _together(full: Sequence[Stretch]) -> tuple[float, ...]:
+    """Return tuned Keras's seconds by the job's, all arms together, in each round."""
     return tuple(
-        sum(runs["tuned"].seconds for runs in arms) / sum(runs["job"].seconds for runs in arms) for arms in full
+        sum(one.runs["tuned"].seconds for one in full if one.round == number)
+        / sum(one.runs["job"].seconds for one in full if one.round == number)
+        for number in sorted({one.round for one in full})
     )
 
 

@@ -151,9 +151,10 @@ def test_after_two_repetitions_the_last_is_kept_and_marked(capsys: pytest.Captur
     assert "try 3 of 3" in capsys.readouterr().err
     text = report("", [*ROUNDS, *found], STEP_RATE)
     assert "Repeated, since it changed by more than 10% meanwhile: 3 of " in text
-    assert text.count("\\*") == 3  # two ratios, and the line below
-    assert "\\* never steady: in round 2 of frozen: tuned and job, the speed changed by 100% at the last try." in text
-    assert "never steady" not in report("", ROUNDS, STEP_RATE)
+    # the arm's ratio and that of whole processes, in the table and among the bounds, and the line below
+    assert text.count("\\*") == 5
+    assert "\n\\* It changed at the last try too in round 2 of frozen: tuned and job, by 100%.\n" in text
+    assert "\\*" not in report("", ROUNDS, STEP_RATE)
 
 
 def test_what_follows_a_pair_is_held_against_the_speeds_around_the_pair() -> None:
@@ -170,6 +171,12 @@ def test_only_the_cells_of_the_slow_program_are_marked() -> None:
     assert found["frozen"][5] == "30.0\\*"
     assert found["frozen, whole process"][5] == "12.2\\*"
     assert not any("\\*" in cell for cell in found["fine_tune"])
+
+
+def test_a_second_seed_beside_a_slow_stretch_is_marked_where_it_stands() -> None:
+    slow = Stretch(0, "frozen", {"second seed": run(0.9)}, (100, 50))
+    assert verdict("a second seed of frozen", [*ROUNDS, slow]).line().endswith(": 1.0%\\*: yes")
+    assert "\\*" not in verdict("a second seed of fine_tune", [*ROUNDS, slow]).line()
 
 
 def test_the_speed_of_this_machine_is_a_positive_figure() -> None:
