@@ -42,6 +42,8 @@ RETRY_SECONDS = 120.0
 _REQUEST_SECONDS = 30.0
 # A chunk that is interrupted is sent again as a whole.
 _CHUNK = 16 << 20
+# So often an upload begins anew whatever time it took: a large one may lose its session when the limit has long passed.
+_NEW_SESSIONS = 2
 _GOOGLE = "https://storage.googleapis.com"
 
 
@@ -87,10 +89,20 @@ class GcsStore(Store):
         how = {"content_type": content_type, "checksum": "crc32c", **self._options}
         size, _, crc32c = measured
 
-        def attempt() -> None:
+        def sent(new_sessions: int = _NEW_SESSIONS) -> storage.Blob:
             blob = self._blob(name)
             blob.chunk_size = _CHUNK
-            send(blob, how)
+            try:
+                send(blob, how)
+            except api.GoogleAPICallError as error:
+                if not new_sessions or not _is_lost_session(error):
+                    raise
+                _give_way(error)
+                return sent(new_sessions - 1)
+            return blob
+
+        def attempt() -> None:
+            blob = sent()
             if blob.size != size or blob.crc32c not in (crc32c, None):
                 # Google refuses what does not have the announced checksum; others need to be asked for their own
                 with suppress(api.NotFound, api.PreconditionFailed):
@@ -234,7 +246,15 @@ def _worth_a_retry(error: Exception) -> bool:
 def _worth_a_new_start(error: Exception) -> bool:
     # Google's answer to an upload that arrived with another checksum than announced is 400 and names the checksum.
     refused = isinstance(error, api.BadRequest) and "crc32c" in str(error).lower()
-    return refused or isinstance(error, json.JSONDecodeError | DataCorruption)
+    return refused or _is_lost_session(error) or isinstance(error, json.JSONDecodeError | DataCorruption)
+
+
+def _is_lost_session(error: Exception) -> bool:
+    """Return whether an upload session has ended before its object was whole: another one has to begin."""
+    if not isinstance(error, api.GoogleAPICallError) or error.code not in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
+        return False
+    # The client sends by PUT to sessions only. To its other requests 404 means that there is no bucket, or object.
+    return getattr(getattr(error.response, "request", None), "method", None) == "PUT"
 
 
 def _give_way(error: Exception) -> None:

@@ -146,6 +146,8 @@ REFUSALS = {"refuse": 503, "refuse_429": 429, "refuse_408": 408}
 FAULTS_BEFORE = (*REFUSALS, "drop_before", "stall", "spoil_upload", "refuse_damaged")
 FAULTS_AFTER = ("drop", "cut_answer", "cut_download", "short_download", "stall_download", "spoil_download")
 FAULTS = (*FAULTS_BEFORE, *FAULTS_AFTER)
+# What becomes of the session of a large upload, which small ones do without.
+LOST_SESSIONS = {"end_session": 410, "forget_session": 404}
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,7 @@ class FaultyProxy:
     refuse, refuse_429, refuse_408: answer 503, 429 or 408, without asking the server.
     drop_before: cut the connection, without asking the server.
     stall: do not answer, without asking the server, until the client gives up.
+    end_session, forget_session: answer 410 or 404 to what is sent to an upload session.
     spoil_upload: change the last byte of what is uploaded; the server, unlike Google's, does not compare checksums.
     refuse_damaged: answer as Google does where they differ.
     drop: let the server store, copy or delete, then cut the connection without an answer.
@@ -227,6 +230,7 @@ class FaultyProxy:
 
     ``status`` set to an HTTP status: the answer to everything, as when the account has no permission.
     ``authorization`` set: the header without which the answer to everything is 401.
+    ``delay``: seconds before each answer to an upload.
     ``received``: every request so far.
     """
 
@@ -236,6 +240,7 @@ class FaultyProxy:
         self.received: list[Received] = []
         self.status: int | None = None
         self.authorization: str | None = None
+        self.delay = 0.0
         self._planned: Counter[str] = Counter()
         self._spared: Counter[str] = Counter()
         self._random, self._share, self._mixture = random.Random(0), 0.0, FAULTS  # noqa: S311
@@ -307,7 +312,10 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
                 return met
 
             upload = self.command in ("POST", "PUT") and "/upload/" in self.path
-            status = next((status for fault, status in REFUSALS.items() if has(fault)), proxy.status)
+            if upload:
+                time.sleep(proxy.delay)
+            possible = REFUSALS | (LOST_SESSIONS if upload and self.command == "PUT" else {})
+            status = next((status for fault, status in possible.items() if has(fault)), proxy.status)
             if proxy.authorization not in (None, self.headers.get("Authorization")):
                 status = http.HTTPStatus.UNAUTHORIZED
             if status:
