@@ -150,9 +150,12 @@ class GcsStore(Store):
         names = [blob.name.removeprefix(self._start) for blob in objects]
         return {name: Stored(name, blob.size, blob.crc32c) for name, blob in zip(names, objects, strict=True)}
 
-    def _blobs(self) -> builtins.list[storage.Blob]:
+    def is_empty(self) -> bool:
+        return not self._blobs(1)  # of a bucket there may be millions
+
+    def _blobs(self, most: int | None = None) -> builtins.list[storage.Blob]:
         with self._errors("list", ""):
-            return list(self._client.list_blobs(self._bucket, prefix=self._start, **self._options))
+            return list(self._client.list_blobs(self._bucket, prefix=self._start, max_results=most, **self._options))
 
     def delete(self, name: str) -> None:
         with self._errors("delete", name), suppress(api.NotFound):
