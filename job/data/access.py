@@ -60,9 +60,7 @@ class Place:
             return False
         try:
             store = open_store(self.uri, self.variable, limit)
-        except ConfigError as error:
-            if error.problems[0].variable != credentials.VARIABLE:
-                raise
+        except credentials.NoCredentialsError as error:
             logger.warning("%s is read without credentials: %s", self.uri, error)
             skip_metadata_server()
             return False
@@ -92,8 +90,8 @@ class Place:
         if isinstance(found, _REFUSED):
             if self.ask(_AGAIN_SECONDS):
                 return UnavailableError(
-                    f"{what} could not be read: TensorFlow was refused ({reason}) and the job's account is not, so "
-                    "there was no token for it; try again later"
+                    f"{what} could not be read: TensorFlow was refused ({reason}) and the job's account is not, so it "
+                    "had no token, which it takes by a key, a login or a metadata server; try again later"
                 )
             message = f"no permission to read {what} ({reason})"
             if self.uri.startswith("gs://"):

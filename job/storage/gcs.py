@@ -213,9 +213,10 @@ class GcsStore(Store):
             message = f"could not {action} {where}: there is no bucket {self._bucket}; make it, or name another"
             raise ConfigError.of(self.variable, message) from None
         except (api.Unauthorized, api.Forbidden) as error:
+            role = f"Storage Object {'Viewer' if action in ('read', 'list') else 'User'}"
             message = (
                 f"no permission to {action} {where} (HTTP {error.code}); give the job's account the role "
-                f"Storage Object User on bucket {self._bucket}, or set {credentials.VARIABLE} to an account that has it"
+                f"{role} on bucket {self._bucket}, or set {credentials.VARIABLE} to an account that has it"
             )
             raise ConfigError.of(self.variable, message) from None
         except api.ClientError as error:

@@ -139,7 +139,14 @@ def assert_said(finished: Finished, code: int, *said: str) -> None:
         assert words in message
 
 
-@pytest.mark.parametrize(("port", "data"), [("refused", LOOKED_FOR), ("silent", GIVEN), ("lost", LOOKED_FOR)])
+@pytest.mark.parametrize(
+    ("port", "data"),
+    [
+        ("refused", LOOKED_FOR),
+        pytest.param("silent", GIVEN, marks=pytest.mark.slow),
+        pytest.param("lost", LOOKED_FOR, marks=pytest.mark.slow),
+    ],
+)
 def test_data_out_of_reach_are_unavailable(port: str, data: dict[str, str], nobody: dict[str, str]) -> None:
     with PORTS[port]() as number:
         finished = run_job(nobody | IMPATIENT | data | {"https_proxy": f"http://127.0.0.1:{number}"})
@@ -160,8 +167,8 @@ def test_data_out_of_reach_are_given_up_after_two_minutes(port: str, nobody: dic
     ("status", "data", "code", "said"),
     [
         (403, LOOKED_FOR, 78, "TRANSFER_DATA_DIR: no permission to read"),
-        (401, GIVEN, 78, "GOOGLE_APPLICATION_CREDENTIALS"),
-        (503, GIVEN, 74, "HTTP 503"),
+        pytest.param(401, GIVEN, 78, "GOOGLE_APPLICATION_CREDENTIALS", marks=pytest.mark.slow),
+        pytest.param(503, GIVEN, 74, "try again later", marks=pytest.mark.slow),
     ],
 )
 def test_data_that_storage_refuses(
@@ -172,7 +179,10 @@ def test_data_that_storage_refuses(
     assert_said(finished, code, "gs://bucket/tfds", f"HTTP {status}", said)
 
 
-@pytest.mark.parametrize(("fault", "said"), [("refuse", "HTTP 503"), ("stall_download", "could not be read")])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("refuse", "HTTP 503"), pytest.param("stall_download", "could not be read", marks=pytest.mark.slow)],
+)
 def test_records_out_of_reach_are_unavailable(
     fault: str, said: str, nobody: dict[str, str], front: FaultyProxy
 ) -> None:
@@ -186,8 +196,8 @@ def test_records_out_of_reach_are_unavailable(
 @pytest.mark.parametrize(
     ("status", "asked", "code", "said"),
     [
-        (403, False, 78, "no permission to read 'train[:60%]' of gs://bucket/tfds/pets/1.0.0"),
-        (404, False, 78, "cannot be read: HTTP 404"),
+        pytest.param(403, False, 78, "no permission to read 'train[:60%]' of gs://", marks=pytest.mark.slow),
+        pytest.param(404, False, 78, "cannot be read: HTTP 404", marks=pytest.mark.slow),
         # the job's own client is not refused: TensorFlow asked without a token
         (401, True, 74, "try again later"),
     ],
@@ -199,3 +209,14 @@ def test_records_that_storage_refuses(
     ours = {"STORAGE_EMULATOR_HOST": front.url} if asked else {}
     finished = run_job(nobody | IMPATIENT | front.tensorflow | GIVEN | ours)
     assert_said(finished, code, said, f"HTTP {status}")
+
+
+def test_a_key_that_is_none_is_refused_before_tensorflow_reads_it(
+    nobody: dict[str, str], front: FaultyProxy, tmp_path: Path
+) -> None:
+    """Of some JSON it dies."""
+    (tmp_path / "key.json").write_text("[]")
+    key = {"GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "key.json")}
+    finished = run_job(nobody | IMPATIENT | front.tensorflow | GIVEN | key)
+    assert_said(finished, 78, "GOOGLE_APPLICATION_CREDENTIALS: no usable Google credentials")
+    assert not front.received

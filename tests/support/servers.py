@@ -144,6 +144,7 @@ def _certificate_of_google(folder: Path) -> Path:
     hosts = x509.SubjectAlternativeName([x509.DNSName("*.googleapis.com")])
     builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
     builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     certificate = builder.add_extension(hosts, critical=False).sign(key, hashes.SHA256())
     form = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     file = folder / "google.pem"
@@ -316,7 +317,7 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
         def do_CONNECT(self) -> None:
             self.send_response_only(http.HTTPStatus.OK)
             self.end_headers()
-            self.tunnelled = True
+            self.tunnelled, self.close_connection = True, False  # even where a client of HTTP/1.0 asks for the tunnel
             self.connection = self.request = context.wrap_socket(self.connection, server_side=True)
             self.setup()
 
