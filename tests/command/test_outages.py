@@ -14,15 +14,8 @@ import pytest
 from job.storage.locations import open_store
 from job.storage.store import Store
 from tests.support.running import Finished, completed, run_job
-from tests.support.servers import (
-    FAULTS,
-    FaultyProxy,
-    faulty_proxy,
-    gcs_server,
-    lost_port,
-    refusing_port,
-    silent_port,
-)
+from tests.support.servers import FAULTS, FaultyProxy, faulty_proxy, gcs_server
+from tests.support.unreachable import lost_port, refusing_port, silent_port
 
 QUICK = tuple(fault for fault in FAULTS if fault not in ("stall", "stall_download"))
 

@@ -25,7 +25,8 @@ from google.auth.compute_engine import detect_gce_residency_linux as on_google
 from job.storage.locations import open_store
 from tests.support import servers
 from tests.support.running import ROOT
-from tests.support.servers import faulty_proxy, free_port, refusing_port, silent_port
+from tests.support.servers import faulty_proxy, free_port
+from tests.support.unreachable import refusing_port, silent_port
 
 TOKEN = "planted-access-token"  # noqa: S105  (it opens nothing)
 # Anything under gserviceaccount.com would make google.auth ask Google where the account may be used.

