@@ -214,7 +214,7 @@ def prepare(beginning: str, folder: Path, one: Path, other: Path) -> Path:
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 def test_whatever_two_processes_do_between_each_others_steps_one_sound_run_is_published_and_stays(
-    tmp_path: Path, beginning: str, second: str, killed: bool, step: int, record_property: Callable[[str, object], None]
+    tmp_path: Path, beginning: str, second: str, killed: bool, step: int
 ) -> None:
     """Every step of one process against every step of another, which is killed before one of its own or not.
 
@@ -250,7 +250,7 @@ def test_whatever_two_processes_do_between_each_others_steps_one_sound_run_is_pu
             assert len(trained) <= 1
             pairs += 1
     assert pairs >= number // step
-    record_property("pairs", pairs)
+    print(f"{beginning}, {second[:2]}, killed {killed}: {pairs} pairs of steps")  # noqa: T201 - shown by -s
 
 
 def test_a_commit_whose_files_are_gone_is_replaced(store: Store, tree: Path, caplog: pytest.LogCaptureFixture) -> None:
