@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 
 from job import stopping
@@ -45,6 +46,7 @@ def _env() -> int:
 
 
 def _work(*, plan_only: bool) -> int:
+    began = time.monotonic()
     from job.machine import console, limits, standard_error
     from job.settings import environment
 
@@ -63,7 +65,7 @@ def _work(*, plan_only: bool) -> int:
     if plan_only:
         run.plan(chosen, machine, screen)
     else:
-        run.run(chosen, machine, screen)
+        run.run(chosen, machine, screen, began)
     return 0
 
 
