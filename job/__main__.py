@@ -99,6 +99,9 @@ def _guarded(work: Callable[[], int]) -> int:
         logger.error("%s", error)
         return error.exit_code
     except Exception:
+        if stopping.asked_to_stop():  # native code that calls Python makes other errors of Stopped
+            logger.warning("asked to stop, and ended by an error on the way", exc_info=True)
+            return Stopped.exit_code
         logger.exception("unforeseen error; please report it with the lines above")
         return 1
 

@@ -301,6 +301,22 @@ def test_a_second_signal_ends_a_process_that_can_start_no_thread_by_threading() 
         assert process.wait(AT_ONCE) == 143
 
 
+def test_what_native_code_makes_of_a_stop_is_no_bug() -> None:
+    done = run(
+        """
+from job import __main__ as command
+def work():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    except Stopped:
+        raise AttributeError("seen in TensorFlow, where it imports a module to look at an argument") from None
+stopping.leave(command._guarded(work))
+"""
+    )
+    assert done.returncode == 143, done.stderr
+
+
 def test_a_process_that_asks_itself_twice_goes_on_with_its_stop() -> None:
     done = run(
         """

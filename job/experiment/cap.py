@@ -55,18 +55,23 @@ class Cap(Record):
 
     def problem(self, spent: float, rest: float | None, then: str = "") -> Problem:
         """Return what to tell of it: ``spent`` and ``rest`` in seconds, the rest None where it cannot be told."""
-        message = f"received {self.value:g}: {self._told(spent)} spent over all restarts, and the rest "
+        message = f"received {self.value:.15g}: {self._told(spent)} spent over all restarts, and the rest "
         if rest is None:
             message += "cannot be told before more is trained (`python -m job plan` estimates a whole run); give more"
         else:
-            message += f"is estimated at {self._told(rest)}; give {_rounded_up(self._amount(spent + rest)):g} or more"
+            message += (
+                f"is estimated at {self._told(rest)}; give {_rounded_up(self._amount(spent + rest)):.15g} or more"
+            )
         return Problem(self.variable, message + then)
 
     def _amount(self, seconds: float) -> float:
         return seconds if self.hourly is None else seconds / 3600 * self.hourly
 
     def _told(self, seconds: float) -> str:
-        return f"{seconds:.0f} s" if self.hourly is None else f"{self._amount(seconds):.4g} ({seconds:.0f} s)"
+        if self.hourly is None:
+            return f"{seconds:.0f} s"
+        amount = self._amount(seconds)
+        return f"{amount:.2f} ({seconds:.0f} s)" if amount >= 1 else f"{amount:.2g} ({seconds:.0f} s)"
 
 
 def _rounded_up(amount: float) -> float:
@@ -215,6 +220,9 @@ class Account:
         Raises:
             ConfigError: the cap is reached. The message says what the rest would take, where that is known.
         """
+        if self._left <= 0:
+            self._write()
+            raise ConfigError(self._problems())
         threads = [threading.Thread(target=work, name="cap", daemon=True) for work in (self._tell, self._wait)]
         for thread in threads:
             thread.start()
@@ -229,9 +237,15 @@ class Account:
                     self._write()
             if self._reached:
                 stopping.stop()
+        except JobError:
+            raise
         except Stopped:
             if self._has_reached():
                 raise ConfigError(self._problems()) from None
+            raise
+        except Exception as error:
+            if self._reached:  # native code that calls Python makes other errors of Stopped
+                raise ConfigError(self._problems()) from error
             raise
 
     def follow(self, share: Callable[[], float]) -> None:
@@ -254,7 +268,9 @@ class Account:
         if self._place is not None:
             return _told(self._caps, _in_all((self._before, self._life())))
         first = min(self._caps, key=lambda cap: cap.seconds)
-        return [Problem(first.variable, f"received {first.value:g}: it is reached; the first worker tells of the rest")]
+        return [
+            Problem(first.variable, f"received {first.value:.15g}: it is reached; the first worker tells of the rest")
+        ]
 
     def _wait(self) -> None:
         if self._over.wait(min(max(0.0, self._left), threading.TIMEOUT_MAX)) or stopping.asked_to_stop():

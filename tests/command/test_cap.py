@@ -37,7 +37,7 @@ def went_on(done: Finished, saved: int) -> int:
 def refusal(done: Finished, variable: str) -> str:
     """Return the message of a run that a cap has ended."""
     assert done.code == 78, done.errors
-    (problem,) = (line for line in done.lines if line["severity"] == "ERROR")
+    (problem,) = (line for line in done.lines if line.get("severity") == "ERROR")
     assert problem["variable"] == variable
     return str(problem["message"])
 
@@ -54,7 +54,6 @@ def test_a_cap_below_the_start_ends_the_first_life_and_the_next_before_it_decode
     assert [life["seconds"] > 0.5 for life in before] == [True]
     second = run_job(environment)
     assert f"received 0.5: {before[0]['seconds']:.0f} s spent" in refusal(second, "TRANSFER_MAX_SECONDS")
-    assert "the cap is reached" not in second.text  # it never began
     assert told(output) == before
     assert not list(output.rglob("manifest.json"))
     assert list((tmp_path / "cache").iterdir()) == []

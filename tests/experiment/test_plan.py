@@ -29,7 +29,7 @@ def refusal(environment: dict[str, str], verb: str, variable: str) -> str:
 
 def refused(done: Finished, variable: str) -> str:
     assert done.code == ConfigError.exit_code, done.errors
-    (problem,) = (line for line in done.lines if line["severity"] == "ERROR")
+    (problem,) = (line for line in done.lines if line.get("severity") == "ERROR")
     assert problem["variable"] == variable
     return str(problem["message"])
 
@@ -119,7 +119,9 @@ def test_a_run_that_would_take_more_than_its_cap_is_refused_after_the_table(
     seconds = table["seconds"]
     again = seconds["start"] + seconds["decode"]
     assert table["left"] == pytest.approx(again + 0.75 * (seconds["total"] - again), abs=0.1)
-    told = f"1000 (1000 s) spent over all restarts, and the rest is estimated at {table['left']:.4g} ("
+    told = (
+        f"received 1002.5: 1000.00 (1000 s) spent over all restarts, and the rest is estimated at {table['left']:.2f} ("
+    )
     message = refused(done, "TRANSFER_MAX_COST")
     assert told in message
     assert float(message.split("give ")[1].split()[0]) >= 1000 + table["left"]
