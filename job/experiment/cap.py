@@ -226,15 +226,20 @@ class Account:
         threads = [threading.Thread(target=work, name="cap", daemon=True) for work in (self._tell, self._wait)]
         for thread in threads:
             thread.start()
+        refused = False
         try:
             try:
                 yield
+            except ConfigError:
+                refused = not self._opening  # before anything was trained: nothing of it is left behind
+                raise
             finally:
                 with stopping.deferred():
                     self._over.set()
                     for thread in threads:
                         thread.join()
-                    self._write()
+                    if not refused:
+                        self._write()
             if self._reached:
                 stopping.stop()
         except JobError:
@@ -281,10 +286,10 @@ class Account:
         self._write()
 
     def _tell(self) -> None:
-        while True:
+        wait = self._interval - (time.monotonic() - self._began)
+        while not self._over.wait(max(0.0, min(wait, threading.TIMEOUT_MAX))):
             self._write()
-            if self._over.wait(self._interval):
-                return
+            wait = self._interval
 
     def _write(self) -> None:
         if self._place is None:

@@ -51,6 +51,30 @@ def test_a_life_tells_how_far_the_run_is(store: Store) -> None:
     assert told.opening == pytest.approx(100, abs=60)
 
 
+def test_a_life_is_told_of_before_more_than_a_checkpoint_of_it_can_be_lost(store: Store) -> None:
+    with account(store, 1000, checkpoint_seconds=60).open():
+        while not store.child("spent").list():
+            time.sleep(0.01)
+    with account(store, 0, checkpoint_seconds=3600).open():
+        time.sleep(0.5)
+        assert len(store.child("spent").list()) == 1
+
+
+def test_a_start_that_is_refused_is_not_told_of(store: Store) -> None:
+    def refuse(life: cap.Account) -> None:
+        with life.open():
+            raise ConfigError.of("TRANSFER_MAX_BAD_IMAGES", "too many")
+
+    with pytest.raises(ConfigError, match="too many"):
+        refuse(account(store, checkpoint_seconds=3600))
+    assert store.list() == {}
+    begun = account(store, checkpoint_seconds=3600)
+    begun.follow(lambda: 0.1)
+    with pytest.raises(ConfigError, match="too many"):
+        refuse(begun)
+    assert len(store.list()) == 1
+
+
 def test_the_rest_takes_the_start_of_another_life_and_goes_at_the_pace_so_far() -> None:
     assert Spent(seconds=110, opening=10, share=0.25).rest == 10 + 100 * 3
     assert Spent(seconds=110, opening=10, share=1.0).rest == 10
@@ -105,7 +129,7 @@ _CAPPED = """
 import ctypes, os, signal, sys, time
 from job import stopping
 from job.errors import ConfigError, Stopped
-stopping.GRACE_SECONDS = 3.0
+stopping.GRACE_SECONDS = 8.0
 stopping.heed()
 from job.experiment import cap
 from job.machine.replicas import Replicas
@@ -137,8 +161,8 @@ except Stopped as error:
         ),
         pytest.param(1e6, "os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)", 143, id="stopped before"),
         pytest.param(
-            2.0,
-            "with stopping.deferred(): os.kill(os.getpid(), signal.SIGTERM); time.sleep(2.5)\nstopping.stop_if_asked()",
+            3.0,
+            "with stopping.deferred(): os.kill(os.getpid(), signal.SIGTERM); time.sleep(4)\nstopping.stop_if_asked()",
             143,
             id="stopped before, and still saving",
         ),
