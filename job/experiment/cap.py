@@ -258,6 +258,11 @@ class Account:
         self._opening = time.monotonic() - self._began
         self._share = share
 
+    def close(self) -> None:
+        """Tell nothing more: the run is published, and its unfinished work removed."""
+        with stopping.deferred(), self._telling:
+            self._place = None
+
     @property
     def _left(self) -> float:
         return self._limit - self._before.seconds - (time.monotonic() - self._began)
@@ -292,9 +297,9 @@ class Account:
             wait = self._interval
 
     def _write(self) -> None:
-        if self._place is None:
-            return
         with self._telling:
+            if self._place is None:
+                return
             try:
                 self._place.put_bytes(self._name, self._life().model_dump_json().encode())
             except (JobError, Stopped) as error:

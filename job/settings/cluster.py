@@ -76,3 +76,15 @@ def _index(task: Any, jobs: dict[str, list[str]]) -> int:
             f"its task has the index {str(index)[:60]!r}, but its cluster has {len(jobs[kind])} {kind} tasks"
         )
     return number + (len(jobs.get("chief", ())) if kind == "worker" else 0)
+
+
+def image_of(cluster_spec: str) -> str | None:
+    """Return the image that Vertex AI's CLUSTER_SPEC names, None where it names none.
+
+    Source of the format: Vertex AI, "Distributed training", "Format of CLUSTER_SPEC".
+    """
+    try:
+        name = json.loads(cluster_spec)["job"]["workerPoolSpecs"][0]["containerSpec"]["imageUri"]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return None
+    return name if isinstance(name, str) else None

@@ -75,6 +75,13 @@ def test_a_start_that_is_refused_is_not_told_of(store: Store) -> None:
     assert len(store.list()) == 1
 
 
+def test_a_life_of_a_run_that_another_has_published_tells_nothing_more(store: Store) -> None:
+    life = account(store, checkpoint_seconds=3600)
+    with life.open():
+        life.close()
+    assert store.list() == {}
+
+
 def test_the_rest_takes_the_start_of_another_life_and_goes_at_the_pace_so_far() -> None:
     assert Spent(seconds=110, opening=10, share=0.25).rest == 10 + 100 * 3
     assert Spent(seconds=110, opening=10, share=1.0).rest == 10
