@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 
 from job import stopping
@@ -45,6 +46,7 @@ def _env() -> int:
 
 
 def _work(*, plan_only: bool) -> int:
+    began = time.monotonic()
     from job.machine import console, limits, standard_error
     from job.settings import environment
 
@@ -63,7 +65,7 @@ def _work(*, plan_only: bool) -> int:
     if plan_only:
         run.plan(chosen, machine, screen)
     else:
-        run.run(chosen, machine, screen)
+        run.run(chosen, machine, screen, began)
     return 0
 
 
@@ -97,6 +99,9 @@ def _guarded(work: Callable[[], int]) -> int:
         logger.error("%s", error)
         return error.exit_code
     except Exception:
+        if stopping.asked_to_stop():  # native code that calls Python makes other errors of Stopped
+            logger.warning("asked to stop, and ended by an error on the way", exc_info=True)
+            return Stopped.exit_code
         logger.exception("unforeseen error; please report it with the lines above")
         return 1
 

@@ -27,6 +27,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 # Not an Event: a second signal's handler would wait for the lock that the first one's holds while it sets it.
 _asked = False
+_code = Stopped.exit_code
 _deferrals = 0
 _hooks: list[Callable[[], None]] = []
 
@@ -77,10 +78,21 @@ def _watch(reading: int) -> None:
     _end("asked a second time")
 
 
-def ask(why: str, seconds: float) -> None:
-    """Ask this process to stop, from any of its threads, and have it ended after ``seconds`` at the latest."""
+def ask(why: str, seconds: float, code: int = Stopped.exit_code) -> None:
+    """Ask this process to stop, from any of its threads, and have it ended after ``seconds`` at the latest.
+
+    Where it has been asked before, that stop goes on: this is no second signal.
+
+    Args:
+        why: is written where the process has to be ended.
+        seconds: that it has to end by itself.
+        code: the exit code where it has to be ended.
+    """
+    global _code
     _end_after(seconds, why)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if not _asked:
+        _code = code
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _end_after(seconds: float, why: str) -> None:
@@ -104,7 +116,7 @@ def _end(why: str) -> None:
         # nor is anything waited for: a full pipe that nobody reads takes nothing more
         if select.select([], [2], [], 0)[1]:
             os.write(2, f"{why}: ended without saving more\n".encode())
-    os._exit(Stopped.exit_code)
+    os._exit(_code)
 
 
 def leave(code: int) -> NoReturn:

@@ -301,6 +301,52 @@ def test_a_second_signal_ends_a_process_that_can_start_no_thread_by_threading() 
         assert process.wait(AT_ONCE) == 143
 
 
+def test_what_native_code_makes_of_a_stop_is_no_bug() -> None:
+    done = run(
+        """
+from job import __main__ as command
+def work():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+    except Stopped:
+        raise AttributeError("seen in TensorFlow, where it imports a module to look at an argument") from None
+stopping.leave(command._guarded(work))
+"""
+    )
+    assert done.returncode == 143, done.stderr
+
+
+def test_a_process_that_asks_itself_twice_goes_on_with_its_stop() -> None:
+    done = run(
+        """
+with stopping.deferred():
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(2):
+        stopping.ask("tested", 30, 78)
+    time.sleep(0.5)
+    say("alive")
+    stopping.leave(0)
+"""
+    )
+    assert (done.stdout, done.returncode) == ("alive\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(("first", "code"), [("", 78), ("os.kill(os.getpid(), signal.SIGTERM)", 143)])
+def test_a_process_that_does_not_stop_for_itself_is_ended_with_the_code_of_who_asked_first(
+    first: str, code: int
+) -> None:
+    done = run(
+        f"""
+with stopping.deferred():
+    {first or "pass"}
+    stopping.ask("the test is over", 1, 78)
+    time.sleep(60)
+"""
+    )
+    assert (done.returncode, done.stderr) == (code, "the test is over: ended without saving more\n")
+
+
 @pytest.mark.parametrize("before", BEFORE)
 def test_native_code_that_outlasts_the_grace_period_is_ended(before: Sequence[str]) -> None:
     code = "stopping.GRACE_SECONDS = 2.0\nstopping.heed()\n" + IN_NATIVE_CODE

@@ -19,6 +19,7 @@ from job.arms import ARMS, Part
 from job.data import reading, row_cache
 from job.data.rows import Rows, RowValues
 from job.errors import ConfigError
+from job.experiment import cap
 from job.experiment.disk import disk_needed
 from job.experiment.gpu_memory import largest_batch, too_large
 from job.experiment.plan import Plan
@@ -46,7 +47,8 @@ def report(plan: Plan, folder: Path) -> dict[str, Any]:
     """Return what a run would do, need and cost, as JSON values.
 
     Seconds are measured: a few photos are decoded, a few steps of every phase are taken, one model is exported, and
-    all is thrown away. Where the run is published already, nothing is left to do, and nothing is measured.
+    all is thrown away. Where the run is published already, nothing is left to do, and nothing is measured. ``spent``
+    are those of lives that did not end it, ``left`` those that one more would take about.
 
     Args:
         plan: the checked plan; its backbone's variables are changed.
@@ -59,19 +61,28 @@ def report(plan: Plan, folder: Path) -> dict[str, Any]:
     """
     published = commit.existing(plan.places.run, plan.fingerprint)
     seconds = {"total": 0.0} if published else _seconds(plan, folder)
+    spent = cap.Spent() if published else cap.spent_before(plan.places.checkpoints, plan.fingerprint)
     found = _facts(plan) | {
         "published": published,
         "seconds": {name: round(s, 2) for name, s in seconds.items()},
+        "spent": round(spent.seconds, 2),
+        "left": round(_left(seconds, spent.share), 2),
     }
     price = plan.settings.output.cost_per_hour
     return found if price is None else found | {"cost": round(seconds["total"] / 3600 * price, 4)}
+
+
+def _left(seconds: Mapping[str, float], share: float) -> float:
+    """Return the seconds that are left of a run whose training is done to ``share``: each life starts and decodes."""
+    anew = seconds.get("start", 0.0) + seconds.get("decode", 0.0)
+    return anew + (seconds["total"] - anew) * (1 - share)
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
     """Return what is known of a run without measuring, as JSON values: sizes in bytes, ``steps`` of each arm in all."""
     settings, source, machine = plan.settings, plan.source, plan.runtime
     training, fractions = settings.training, settings.data.train_fractions
-    batches = sum(-(-_train_examples(plan, fraction) // training.batch_size) for fraction in fractions)
+    batches = sum(-(-plan.train_examples(fraction) // training.batch_size) for fraction in fractions)
     needed, free = disk_needed(plan.disk)
     return {
         "run_id": plan.run_id,
@@ -110,11 +121,6 @@ def _stepped(plan: Plan) -> dict[str, Any]:
     return {"cut": plan.network.cut.name, "row_bytes": plan.network.cut.row_bytes}
 
 
-def _train_examples(plan: Plan, fraction: float) -> int:
-    """Return about how many examples a result at ``fraction`` trains on; classes are rounded one by one."""
-    return max(1, round(fraction * plan.source.splits["train"].examples))
-
-
 def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield what :func:`report` found as a table for people, in their order of reading: what, and its value."""
     examples, memory, disk = found["examples"], found["memory"], found["disk"]
@@ -149,6 +155,8 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, seconds in found["seconds"].items():
         steps = f"{found['steps'][name]:,} steps, " if name in found["steps"] else ""
         yield f"time {'in all' if name == 'total' else 'of ' + name}", f"{steps}{duration(seconds)}"
+    if found["spent"]:
+        yield "spent before", f"{duration(found['spent'])}; about {duration(found['left'])} are left"
     if "cost" in found:
         yield "cost", f"{found['cost']:.2f}"
 
@@ -230,7 +238,7 @@ def _seconds(plan: Plan, folder: Path) -> dict[str, float]:
     for arm, measured in arms.items():
         seconds[arm] = max(0.0, measured.setting_up - traced.get(arm, 0.0))
         for fraction in settings.data.train_fractions:
-            examples, seeds = _train_examples(plan, fraction), len(settings.training.seeds)
+            examples, seeds = plan.train_examples(fraction), len(settings.training.seeds)
             seconds[arm] += seeds * measured.training(examples, validation)
             evaluation += seeds * measured.evaluation(examples, validation, test)
     results = len(arms) * len(settings.data.train_fractions) * len(settings.training.seeds)

@@ -53,6 +53,10 @@ class Plan:
     gpu_memory: GpuMemory
     disk: tuple[disk.Space, ...]
 
+    def train_examples(self, fraction: float) -> int:
+        """Return about how many examples a result at ``fraction`` trains on; classes are rounded one by one."""
+        return max(1, round(fraction * self.source.splits["train"].examples))
+
 
 def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
     """Check places, backbone, weights and data, in order of cost, and return what was found.

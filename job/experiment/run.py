@@ -14,8 +14,8 @@ from pathlib import Path
 from job import manifest
 from job.data import duplicates, reading
 from job.data.rows import Rows
-from job.errors import JobError
-from job.experiment import artifacts, estimate
+from job.errors import ConfigError, JobError
+from job.experiment import artifacts, cap, estimate
 from job.experiment.plan import Plan, make_plan
 from job.experiment.result import Experiment, result_name
 from job.machine.console import Console
@@ -35,13 +35,20 @@ from job.training.live_tensorboard import Board
 logger = logging.getLogger(__name__)
 
 
-def run(settings: Settings, machine: Runtime, console: Console) -> str:
+def run(settings: Settings, machine: Runtime, console: Console, began: float | None = None) -> str:
     """Run the whole comparison and publish it; return the URI of the manifest.
 
     A run that is already published with the same fingerprint is verified instead; one that was killed goes on from
     where it was saved. Of several workers the chief alone publishes; all return when it has. Raises the errors of the
     steps.
+
+    Args:
+        settings: of the run.
+        machine: that computes it.
+        console: shows how it goes.
+        began: when the process did, by time.monotonic(): now, if None. A cap counts from there.
     """
+    began = time.monotonic() if began is None else began
     replicas = machine.replicas
     with workspace(settings.runtime.cache_dir) as folder, replicas.together():
         plan = make_plan(settings, machine, folder)
@@ -49,22 +56,25 @@ def run(settings: Settings, machine: Runtime, console: Console) -> str:
         logger.info("run %s", plan.run_id, extra={"run_id": plan.run_id, "fingerprint": plan.fingerprint})
         if _is_published(plan, uri, commit.completed):
             return uri
-        start = time.perf_counter()
-        pixels = _decode(plan, folder, console)
-        found = _duplicates(pixels, replicas)
-        data_seconds = time.perf_counter() - start
-        # only now: what is refused until here has begun nothing, and the same id may be tried with other settings
-        if _is_published(plan, uri, commit.begin):
-            return uri
-        if replicas.is_chief:
+        account = cap.account(settings.output, plan.places.checkpoints, plan.fingerprint, began, replicas)
+        with account.open():
+            start = time.perf_counter()
+            pixels = _decode(plan, folder, console)
+            found = _duplicates(pixels, replicas)
+            data_seconds = time.perf_counter() - start
+            # only now: what is refused until here has begun nothing, and the same id may be tried with other settings
+            if _is_published(plan, uri, commit.begin):
+                account.close()
+                return uri
+            if not replicas.is_chief:
+                _help(plan, Experiment(plan, pixels, data_seconds, folder, console))
+                return uri
             saving = Checkpoints(plan.places.checkpoints, plan.fingerprint, settings.output.checkpoint_seconds, folder)
             board = Board(plan.places.tensorboard, settings.resolved(), folder)
             with saving.open(), board.open():
                 experiment = Experiment(plan, pixels, data_seconds, folder, console, saving, board)
-                finished = _results(plan, experiment, saving)
-            _publish(plan, artifacts.record(plan, pixels, finished, found), finished, pixels, folder, console)
-        else:
-            _help(plan, Experiment(plan, pixels, data_seconds, folder, console))
+                finished = _results(plan, experiment, saving, account)
+        _publish(plan, artifacts.record(plan, pixels, finished, found), finished, pixels, folder, console)
         return uri
 
 
@@ -123,6 +133,8 @@ def plan(settings: Settings, machine: Runtime, console: Console) -> None:
         sys.stdout.write(json.dumps(found) + "\n")
     else:
         console.table("plan", ("what", "found"), list(estimate.rows(found)))
+    if problems := cap.problems(cap.caps_of(settings.output), found["spent"], found["left"]):
+        raise ConfigError(problems)
 
 
 def _tidy(plan: Plan) -> None:
@@ -159,10 +171,11 @@ def _duplicates(pixels: dict[str, Rows], replicas: Replicas) -> duplicates.Found
     return found
 
 
-def _results(plan: Plan, experiment: Experiment, saving: Checkpoints) -> list[Finished]:
+def _results(plan: Plan, experiment: Experiment, saving: Checkpoints, account: cap.Account) -> list[Finished]:
     training, replicas = plan.settings.training, plan.runtime.replicas
     pending = Pending(plan.places.run, plan.fingerprint)
     found: list[Finished] = []
+    account.follow(lambda: _share(plan, found, saving))
     for arm, fraction, seed in _wanted(plan):
         stop_if_asked()
         name = result_name(arm, fraction, seed)
@@ -178,6 +191,13 @@ def _results(plan: Plan, experiment: Experiment, saving: Checkpoints) -> list[Fi
         saving.forget(name)
         found.append(finished)
     return sorted(found, key=lambda each: (each.result.train_fraction, training.seeds.index(each.result.seed)))
+
+
+def _share(plan: Plan, finished: Sequence[Finished], saving: Checkpoints) -> float:
+    """Return how much of all results' training is done, by the examples stepped over."""
+    examples = sum(plan.train_examples(fraction) for _, fraction, _ in _wanted(plan))
+    done = sum(each.result.train_examples for each in finished)
+    return (done + saving.images / plan.settings.training.epochs) / examples
 
 
 def _help(plan: Plan, experiment: Experiment) -> None:

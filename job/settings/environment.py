@@ -78,7 +78,7 @@ class Settings:
 
 _GROUPS: dict[str, Any] = {each.name: each.default_factory for each in fields(Settings)}
 # The contract lists these after all other settings, whoever owns them.
-_LISTED_LAST = ("max_bad_images", "cost_per_hour", "log_format")
+_LISTED_LAST = ("max_bad_images", "cost_per_hour", "log_format", "max_seconds", "max_cost")
 _SETTINGS = sorted(
     (declared for group in _GROUPS.values() if group is not PlatformSettings for declared in group.declared()),
     key=lambda declared: _LISTED_LAST.index(declared.name) if declared.name in _LISTED_LAST else -1,
@@ -274,10 +274,21 @@ def _check_head_epochs(settings: Settings) -> Iterator[str]:
         )
 
 
+def _check_max_cost(settings: Settings) -> Iterator[str]:
+    output = settings.output
+    if output.max_cost is not None and not output.cost_per_hour:
+        price = "none is set" if output.cost_per_hour is None else f"that is {output.cost_per_hour:g}"
+        yield (
+            f"received '{output.max_cost:g}', which is counted in hours at TRANSFER_COST_PER_HOUR, and {price}; "
+            "give a price above 0, or cap the time by TRANSFER_MAX_SECONDS"
+        )
+
+
 # Each check runs when the variables it concerns are right in themselves; its problems bear the first one's name.
 _SPLITS = ("TRANSFER_TRAIN_SPLIT", "TRANSFER_VALIDATION_SPLIT", "TRANSFER_TEST_SPLIT")
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] = (
     *(((second, first), partial(_check_same_split, second, first)) for first, second in combinations(_SPLITS, 2)),
     (("TRANSFER_IMAGE_SIZE", "TRANSFER_BACKBONE"), _check_image_size),
     (("TRANSFER_HEAD_EPOCHS", "TRANSFER_EPOCHS", "TRANSFER_ARMS"), _check_head_epochs),
+    (("TRANSFER_MAX_COST", "TRANSFER_COST_PER_HOUR"), _check_max_cost),
 )

@@ -186,6 +186,10 @@ class OutputSettings(Group):
         None, "the same settings on the same data give the same id", ASIDE
     )
     cost_per_hour: float | None = _setting(None, "price of the machine, for the cost columns", ASIDE, ge=0)
+    max_seconds: float | None = _setting(
+        None, "a cap on a run's time over all restarts, at which progress is saved and the exit is 78", ASIDE, gt=0
+    )
+    max_cost: float | None = _setting(None, "the same in money, with TRANSFER_COST_PER_HOUR", ASIDE, gt=0)
 
 
 class PlatformSettings(Group):

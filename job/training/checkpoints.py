@@ -89,6 +89,8 @@ class Checkpoints:
 
     Saving is the work of a thread: training waits only while the arrays are copied. Where a checkpoint cannot be
     saved, training goes on, with a warning.
+
+    images: examples stepped over in the result that trains, when its state was last copied.
     """
 
     def __init__(self, store: Store, fingerprint: str, seconds: float, folder: Path) -> None:
@@ -104,6 +106,7 @@ class Checkpoints:
         self._writing = threading.Lock()
         self._held: tuple[str, Checkpoint] | None = None
         self._names: list[str] = []
+        self.images = 0
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -112,7 +115,8 @@ class Checkpoints:
             try:
                 yield
             except Stopped:
-                self._save_held()
+                with stopping.deferred():  # a request may come now that another worker's has ended the steps
+                    self._save_held()
                 raise
             finally:
                 self._thread.shutdown()
@@ -125,7 +129,7 @@ class Checkpoints:
             phases: how many the result's arm has.
         """
         self._last = time.monotonic()
-        self._held, self._names = None, []
+        self._held, self._names, self.images = None, [], 0
         try:
             names = self._names_of(result)
         except JobError as error:
@@ -137,7 +141,7 @@ class Checkpoints:
             except (_UnusableError, JobError) as error:
                 logger.warning("checkpoint %s is not used: %s", name, error, extra={"checkpoint": name})
                 continue
-            self._names = [name]
+            self._names, self.images = [name], found.progress.images
             return replace(found, progress=replace(found.progress, resumed=found.progress.resumed + 1))
         return None
 
@@ -187,12 +191,12 @@ class Checkpoints:
     def save(self, result: str, checkpoint: Checkpoint) -> None:
         """Begin to save ``checkpoint``, whose arrays nobody changes any more."""
         self._last = time.monotonic()
-        self._held = result, checkpoint
+        self.hold(result, checkpoint)
         self._saving = self._thread.submit(self._save_held)
 
     def hold(self, result: str, checkpoint: Checkpoint) -> None:
         """Keep ``checkpoint`` in memory: it is saved if the process is asked to stop before the next one comes."""
-        self._held = result, checkpoint
+        self._held, self.images = (result, checkpoint), checkpoint.progress.images
 
     def _save_held(self) -> None:
         with self._writing:
@@ -237,7 +241,7 @@ class Checkpoints:
         """Remove the checkpoints of a result that is finished, damaged ones and those of other settings too."""
         if self._saving is not None:
             self._saving.result()
-        self._held, self._names = None, []
+        self._held, self._names, self.images = None, [], 0
         with suppress(JobError):  # they are removed again once the run is published
             for name in self._names_of(result):
                 self._store.delete(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from job.arms import ARMS
 from job.errors import ConfigError
 from job.experiment.estimate import duration
-from tests.support.running import Published, completed, run_job
+from tests.support.running import Finished, Published, completed, run_job
 
 ARM_NAMES = list(ARMS)
 
@@ -23,9 +24,12 @@ def found(environment: dict[str, str]) -> dict[str, Any]:
 
 def refusal(environment: dict[str, str], verb: str, variable: str) -> str:
     """Return the one error of a command that is refused for the variable."""
-    done = run_job(environment, verb)
+    return refused(run_job(environment, verb), variable)
+
+
+def refused(done: Finished, variable: str) -> str:
     assert done.code == ConfigError.exit_code, done.errors
-    (problem,) = (line for line in done.lines if line["severity"] == "ERROR")
+    (problem,) = (line for line in done.lines if line.get("severity") == "ERROR")
     assert problem["variable"] == variable
     return str(problem["message"])
 
@@ -69,6 +73,12 @@ def test_it_measures_seconds_and_prices_them(planned: tuple[dict[str, Any], Path
     assert plan["cost"] == pytest.approx(total, abs=0.1)  # at 3600 an hour
 
 
+def test_nothing_is_spent_before_the_first_life(planned: tuple[dict[str, Any], Path]) -> None:
+    plan, _ = planned
+    assert plan["spent"] == 0
+    assert plan["left"] == pytest.approx(plan["seconds"]["total"])
+
+
 def test_it_leaves_nothing_behind(planned: tuple[dict[str, Any], Path]) -> None:
     _, output = planned
     assert not output.exists()
@@ -88,6 +98,33 @@ def test_people_get_a_table(small: dict[str, str], tmp_path: Path) -> None:
     assert "fine_tune trains from" not in done.errors
     assert "cost" not in done.errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_would_take_more_than_its_cap_is_refused_after_the_table(
+    tiny: dict[str, str], tmp_path: Path
+) -> None:
+    changes = {"TRANSFER_ARMS": "frozen", "TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
+    changes |= {"TRANSFER_MAX_SECONDS": "1000000", "TRANSFER_MAX_COST": "1002.5", "TRANSFER_COST_PER_HOUR": "3600"}
+    environment = tiny | changes
+    mark = found(environment | {"TRANSFER_MAX_COST": "1000000"})
+    # two lives that were killed, and one of another experiment
+    place = tmp_path / "output" / mark["run_id"] / "checkpoints" / "spent"
+    place.mkdir(parents=True)
+    for number, of in enumerate((mark["fingerprint"], mark["fingerprint"], "0" * 64)):
+        life = {"seconds": 500.0, "opening": 10.0, "share": 0.25 * number}
+        (place / f"{of[:12]}-{number}.json").write_text(json.dumps(life))
+    done = run_job(environment, "plan")
+    (table,) = (line for line in done.lines if "left" in line)
+    assert table["spent"] == 1000
+    seconds = table["seconds"]
+    again = seconds["start"] + seconds["decode"]
+    assert table["left"] == pytest.approx(again + 0.75 * (seconds["total"] - again), abs=0.1)
+    told = (
+        f"received 1002.5: 1000.00 (1000 s) spent over all restarts, and the rest is estimated at {table['left']:.2f} ("
+    )
+    message = refused(done, "TRANSFER_MAX_COST")
+    assert told in message
+    assert float(message.split("give ")[1].split()[0]) >= 1000 + table["left"]
 
 
 def test_a_published_run_would_take_no_time(small: dict[str, str], published: Published) -> None:

@@ -57,6 +57,8 @@ CONTRACT_DEFAULTS = {
     "TRANSFER_MAX_BAD_IMAGES": "0.01",
     "TRANSFER_COST_PER_HOUR": "",
     "TRANSFER_LOG_FORMAT": "auto",
+    "TRANSFER_MAX_SECONDS": "",
+    "TRANSFER_MAX_COST": "",
 }
 
 
@@ -142,6 +144,14 @@ MALFORMED = [
     ({"TRANSFER_RUN_ID": "a" * 129}, "1 to 128"),
     ({"TRANSFER_COST_PER_HOUR": "-1"}, "at least 0"),
     ({"TRANSFER_COST_PER_HOUR": "1.20 EUR"}, "number"),
+    ({"TRANSFER_MAX_SECONDS": "0"}, "above 0"),
+    ({"TRANSFER_MAX_SECONDS": "-1"}, "above 0"),
+    ({"TRANSFER_MAX_SECONDS": "nan"}, "number"),
+    ({"TRANSFER_MAX_SECONDS": "inf"}, "number"),
+    ({"TRANSFER_MAX_COST": "0", "TRANSFER_COST_PER_HOUR": "1"}, "above 0"),
+    ({"TRANSFER_MAX_COST": "nan", "TRANSFER_COST_PER_HOUR": "1"}, "number"),
+    ({"TRANSFER_MAX_COST": "5"}, "TRANSFER_COST_PER_HOUR, and none is set"),
+    ({"TRANSFER_MAX_COST": "5", "TRANSFER_COST_PER_HOUR": "0"}, "TRANSFER_COST_PER_HOUR, and that is 0"),
     ({"TRANSFER_LOG_FORMAT": "jsonl"}, "did you mean json?"),
     ({"AIP_MODEL_DIR": "s3://bucket/model"}, "gs://"),
     ({"TF_CONFIG": "{"}, "not valid JSON"),
@@ -177,6 +187,7 @@ def test_all_mistakes_are_reported_together() -> None:
         "TRANSFER_OUTPUT_URI": "s3://bucket",
         "TRANSFER_CHECKPOINT_SECONDS": "-5",
         "TRANSFER_HEAD_EPOCHS": "10",
+        "TRANSFER_MAX_COST": "5",
         "TRANSFER_TEST_SPLIT": "train[:20%]",
         "TF_CONFIG": "{",
     }
@@ -285,6 +296,8 @@ DIFFERENT = {
     "TRANSFER_RUN_ID": ("a" * 128, "a" * 128),
     "TRANSFER_COST_PER_HOUR": ("1.2", 1.2),
     "TRANSFER_LOG_FORMAT": ("json", "json"),
+    "TRANSFER_MAX_SECONDS": ("3600", 3600.0),
+    "TRANSFER_MAX_COST": ("2.5", 2.5),
 }
 
 
@@ -373,13 +386,15 @@ def test_resolved_never_holds_a_secret() -> None:
 DECIDING = ("TRAIN_SPLIT", "BACKBONE", "DROPOUT", "ARMS", "EPOCHS", "SEEDS", "PRECISION")
 NOT_DECIDING = (
     *("DATASET", "DATA_DIR", "WEIGHTS", "WEIGHTS_SHA256", "CACHE_DIR"),
-    *("OUTPUT_URI", "RUN_ID", "MAX_BAD_IMAGES", "COST_PER_HOUR", "LOG_FORMAT"),
+    *("OUTPUT_URI", "RUN_ID", "MAX_BAD_IMAGES", "COST_PER_HOUR", "LOG_FORMAT", "MAX_SECONDS", "MAX_COST"),
 )
 
 
 @pytest.mark.parametrize("name", DECIDING + NOT_DECIDING)
 def test_only_what_decides_the_result_enters_the_fingerprint(name: str) -> None:
-    changed = load({f"TRANSFER_{name}": DIFFERENT[f"TRANSFER_{name}"][0]})
+    # without a price, a cost is refused
+    names = [name, "COST_PER_HOUR"] if name == "MAX_COST" else [name]
+    changed = load({f"TRANSFER_{each}": DIFFERENT[f"TRANSFER_{each}"][0] for each in names})
     assert changed != Settings()
     assert (fingerprint(changed.deciding()) != fingerprint(Settings().deciding())) is (name in DECIDING)
 

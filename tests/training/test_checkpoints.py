@@ -172,3 +172,29 @@ def test_what_is_held_is_saved_when_the_process_is_asked_to_stop_even_in_native_
     """
     python(script, ends=143)
     assert newest_step(open_store(str(tmp_path / "store"), "TRANSFER_CHECKPOINT_URI"), tmp_path) == 3
+
+
+def test_a_request_while_what_is_held_is_saved_does_not_lose_it(tmp_path: Path) -> None:
+    # as where another worker's request has ended the steps, and this one's own comes then
+    script = f"""
+        import os, pathlib, signal, time
+        from job import stopping
+        stopping.heed()
+        from job.storage.local import LocalStore
+        from job.training.checkpoints import Checkpoints
+        from tests.training.test_checkpoints import checkpoint
+
+        class Slow(LocalStore):
+            def put(self, name, source):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)
+                return super().put(name, source)
+
+        store = Slow(pathlib.Path({str(tmp_path / "store")!r}), "TRANSFER_CHECKPOINT_URI")
+        checkpoints = Checkpoints(store, {FINGERPRINT!r}, 3600, pathlib.Path({str(tmp_path)!r}))
+        with checkpoints.open():
+            checkpoints.hold({RESULT!r}, checkpoint(3))
+            stopping.stop()
+    """
+    python(script, ends=1)
+    assert newest_step(open_store(str(tmp_path / "store"), "TRANSFER_CHECKPOINT_URI"), tmp_path) == 3
