@@ -1,5 +1,6 @@
-# Every target sets up what it needs: a fresh clone wants Python 3.11 or later and a package registry, nothing else.
+# Every target sets up what it needs: a fresh clone wants Python and a package registry, nothing else.
 PYTHON ?= python3
+PYTHONS := 3.11 3.12 3.13
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_ENV = set -a && . $(1) && set +a &&
@@ -17,9 +18,19 @@ GPUS ?= --gpus all
 help:  ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(VENV)/installed: pyproject.toml
+# The lock alone decides, also with what source distributions are built: pip checks no hashes of what it fetches for that.
+INSTALL := $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation
+# $(call part,PACKAGES,LOCK) writes those lines of the lock to a file of its own.
+part = awk '/^($(1))==/ {on = 1} on {print} !/\\$$/ {on = 0}' $(2) > $(VENV)/part.lock
+
+$(VENV)/installed: pyproject.toml requirements-dev.lock
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; v in "$(PYTHONS)".split() or sys.exit( \
+	  "PYTHON=$(PYTHON): received Python " + v + "; accepted: $(PYTHONS), as TensorFlow is published for no other; try PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	$(call part,setuptools|wheel|packaging,requirements-dev.lock)
+	$(INSTALL) --require-hashes --requirement $(VENV)/part.lock
+	$(INSTALL) --require-hashes --requirement requirements-dev.lock
+	$(INSTALL) --editable .
 	@touch $@
 
 .PHONY: install
@@ -43,7 +54,8 @@ test-backbones: install  ## every backbone trains in three arms, is exported and
 
 # CUDA and cuDNN, where there is a GPU for them; without one the run says so and fails.
 $(VENV)/installed-gpu: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev,gpu]'
+	$(call part,nvidia-.*,docker/requirements-gpu.lock)
+	$(INSTALL) --require-hashes --requirement $(VENV)/part.lock
 	@touch $@
 
 .PHONY: test-gpu
@@ -77,7 +89,7 @@ lint: install  ## ruff and strict mypy
 	$(BIN)/mypy
 
 .PHONY: lock
-lock: install  ## resolve what the images install anew, within the bounds of pyproject.toml: LOCK_FLAGS=--upgrade for newer
+lock: install  ## resolve what is installed here and in the images anew, within pyproject.toml: LOCK_FLAGS=--upgrade for newer
 	$(BIN)/python docker/lock.py $(LOCK_FLAGS)
 
 .PHONY: image
