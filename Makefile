@@ -11,6 +11,11 @@ DEVICE ?= gpu
 ENV ?= deploy/env/solar-demo.env
 IMAGE ?= transfer-learning-job:0.1.0$(if $(filter cpu,$(DEVICE)),-cpu)
 GPUS ?= --gpus all
+KNOWN_DEVICE = $(if $(filter gpu cpu,$(DEVICE)),,$(error DEVICE: received '$(DEVICE)'; accepted: gpu, cpu))
+SBOM := output/sbom-$(DEVICE).cdx.json
+# Who made the image of what, attached to it: Docker keeps that beside an image in a containerd store only.
+ATTEST = $(DOCKER) buildx version >/dev/null 2>&1 \
+  && $(DOCKER) info --format '{{.DriverStatus}}' 2>/dev/null | grep -q containerd.snapshotter
 
 .DEFAULT_GOAL := help
 
@@ -94,10 +99,25 @@ lock: install  ## resolve what is installed here and in the images anew, within 
 
 .PHONY: image
 image:  ## build the container image (DEVICE=cpu without CUDA; for ENV's default: WEIGHTS=MobileNetV2:96 EXTRAS=demo)
-	$(if $(filter gpu cpu,$(DEVICE)),,$(error DEVICE: received '$(DEVICE)'; accepted: gpu, cpu))
+	$(KNOWN_DEVICE)
+	@if $(ATTEST); then attest='--sbom=true --provenance=mode=max'; else attest=; fi; set -x; \
 	$(DOCKER) build --file docker/Dockerfile --tag $(IMAGE) --build-arg DEVICE=$(DEVICE) \
 	  --build-arg WEIGHTS='$(WEIGHTS)' --build-arg EXTRAS='$(EXTRAS)' --build-arg SOURCE='$(SOURCE)' \
-	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(BUILD_FLAGS) .
+	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) \
+	  $$attest $(BUILD_FLAGS) . && { set +x; } 2>/dev/null && \
+	if [ -z "$$attest" ]; then echo 'the image has no SBOM and no provenance: $(DOCKER) has no buildx with a containerd store'; fi
+
+.PHONY: sbom
+sbom: install  ## write what the image of DEVICE installs, by its locks, to output/ as a CycloneDX SBOM
+	$(KNOWN_DEVICE)
+	@mkdir -p $(dir $(SBOM))
+	cat docker/requirements-$(DEVICE).lock $(if $(filter demo,$(EXTRAS)),docker/requirements-demo.lock) | PYTHONWARNINGS=ignore \
+	  $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file $(SBOM) -
+	@echo $(SBOM)
+
+.PHONY: audit
+audit: install  ## ask a database about known faults in what the locks name (AUDIT_FLAGS=--ignore-vuln=ID)
+	$(BIN)/python docker/audit.py $(AUDIT_FLAGS)
 
 .PHONY: docker-run
 docker-run:  ## run the image with the settings in ENV, as the caller, published to output/ (VERB=plan: only the checks)

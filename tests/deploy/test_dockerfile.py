@@ -74,12 +74,17 @@ def test_hadolint_finds_nothing_that_is_not_explained_beside_its_ignore() -> Non
 def test_every_base_is_an_argument_or_a_stage_and_names_no_registry() -> None:
     found = instructions()
     base = dict(rest.partition("=")[::2] for name, rest in found if name == "ARG")["BASE_IMAGE"]
-    assert re.fullmatch(r"python:3\.11-[\w.-]+", base)
+    assert re.fullmatch(r"python:3\.11-[\w.-]+@sha256:[0-9a-f]{64}", base)
     stages = {rest.split(" AS ")[1] for name, rest in found if name == "FROM"}
     for name, rest in found:
         if name == "FROM":
             image = rest.split(" AS ")[0]
             assert image in {"${BASE_IMAGE}", "scratch"} or image.replace("${DEVICE}", "gpu") in stages
+
+
+def test_the_syntax_is_pinned_in_the_first_line_where_alone_it_counts() -> None:
+    first = DOCKERFILE.read_text().splitlines()[0]
+    assert re.fullmatch(r"# syntax=docker/dockerfile:1\.\d+\.\d+@sha256:[0-9a-f]{64}", first)
 
 
 def test_the_entrypoint_gets_signals_and_no_arguments() -> None:
@@ -88,8 +93,13 @@ def test_the_entrypoint_gets_signals_and_no_arguments() -> None:
     assert only("STOPSIGNAL") == "SIGTERM"
 
 
-def test_the_user_is_a_number_that_is_not_root() -> None:
-    assert int(only("USER")) == 10001
+def test_user_and_group_are_numbers_that_are_not_root() -> None:
+    assert only("USER") == "10001:10001"
+    assert compose({})["services"]["job"]["user"] == "10001:10001"
+
+
+def test_the_job_can_know_its_revision() -> None:
+    assert pairs("ENV")["JOB_REVISION"] == pairs("LABEL")["org.opencontainers.image.revision"] == "${REVISION}"
 
 
 def test_the_image_sets_only_what_the_job_accepts_and_an_output_that_it_does_not_have() -> None:
@@ -189,6 +199,32 @@ def test_make_refuses_an_unknown_device() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "received 'tpu'; accepted: gpu, cpu" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("buildx", "store", "attested"),
+    [
+        (True, "[[driver-type io.containerd.snapshotter.v1]]", True),
+        (True, "[[Backing Filesystem extfs]]", False),
+        (False, "", False),
+    ],
+)
+def test_make_attests_the_image_where_docker_can_keep_it(
+    buildx: bool, store: str, attested: bool, tmp_path: Path
+) -> None:
+    docker = tmp_path / "docker"
+    docker.write_text(
+        f'#!/bin/sh\ncase $1 in\nbuildx) {str(buildx).lower()} ;;\ninfo) echo "{store}" ;;\n'
+        f'build) printf "%s\\n" "$@" >{tmp_path}/told ;;\nesac\n'
+    )
+    docker.chmod(0o755)
+    command = ["make", "image", "DEVICE=cpu", f"DOCKER={docker}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    words = (tmp_path / "told").read_text().splitlines()
+    assert words[0] == "build"
+    assert ({"--sbom=true", "--provenance=mode=max"} <= set(words)) == attested
+    assert not attested or "no SBOM" not in done.stdout
+    assert attested or "the image has no SBOM and no provenance" in done.stdout
 
 
 # --- compose ---------------------------------------------------------------------------------------------------------

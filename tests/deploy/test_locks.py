@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import re
+import socket
 import subprocess
 import sys
+import threading
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -139,6 +145,106 @@ def test_make_refuses_a_python_that_tensorflow_is_not_published_for(tmp_path: Pa
     assert done.returncode != 0
     assert f"received Python 3.99; accepted: {' '.join(PYTHONS)}" in done.stderr
     assert not venv.exists()
+
+
+# --- audit and SBOM --------------------------------------------------------------------------------------------------
+
+AUDIT = ROOT / "docker" / "audit.py"
+
+
+def tool(name: str) -> Path:
+    path = Path(sys.executable).parent / name
+    return path if path.exists() else pytest.skip(f"{name} is not there: make install")
+
+
+class Database(BaseHTTPRequestHandler):
+    """A database of known faults, which speaks as OSV does: one is known, of protobuf."""
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        package = asked["package"]
+        ranges = [{"type": "ECOSYSTEM", "events": [{"introduced": "0"}, {"fixed": "99.1"}]}]
+        fault = {"id": "PYSEC-1", "modified": "2020-01-01T00:00:00Z", "published": "2020-01-01T00:00:00Z"}
+        fault |= {"summary": "-", "affected": [{"package": package, "ranges": ranges}]}
+        known = self.path == "/faulty" and package["name"] == "protobuf"
+        answer = json.dumps({"vulns": [fault]} if known else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture(scope="module")
+def database() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Database) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def audited(url: str) -> subprocess.CompletedProcess[str]:
+    tool("pip-audit")
+    return subprocess.run([sys.executable, AUDIT, "--osv-url", url], capture_output=True, text=True, check=False)
+
+
+def test_an_audit_asks_about_every_package_of_every_lock(database: str) -> None:
+    done = audited(f"{database}/sound")
+    assert done.returncode == 0, done.stderr
+    here = f"{sys.platform} {platform.machine()}"
+    packages = {pinned for name in LOCKS for pinned in versions(name, here).items()}
+    assert f"0 known faults in {len(packages)} packages of requirements-dev.lock, docker/" in done.stdout
+
+
+def test_an_audit_fails_where_a_fault_is_known(database: str) -> None:
+    done = audited(f"{database}/faulty")
+    assert done.returncode == 1, done.stderr
+    version = versions("dev", X86)["protobuf"]
+    assert f"protobuf {version}: PYSEC-1, fixed in 99.1\n1 known faults in " in done.stdout
+
+
+def test_an_audit_that_reaches_no_database_says_so_and_ends_otherwise() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound and not listening: refused
+        done = audited(f"http://127.0.0.1:{taken.getsockname()[1]}")
+    assert done.returncode == 69
+    assert "not audited: the database of known faults could not be asked" in done.stderr
+    assert not done.stdout
+
+
+def test_an_audit_with_a_wrong_argument_is_no_outage() -> None:
+    tool("pip-audit")
+    done = subprocess.run([sys.executable, AUDIT, "--unknown"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --unknown" in done.stderr
+
+
+def test_the_sbom_names_what_the_image_installs(tmp_path: Path) -> None:
+    tool("cyclonedx-py")
+    lines = make("--dry-run", "sbom", "DEVICE=cpu", "EXTRAS=demo", f"SBOM={tmp_path}/sbom.json").stdout
+    (command,) = re.findall(r"^cat (?:.*\\\n)*.*", lines, flags=re.MULTILINE)
+    command = command.replace(".venv/bin", str(Path(sys.executable).parent))
+    subprocess.run(["sh", "-c", command], cwd=ROOT, check=True)  # noqa: S607
+    sbom = json.loads((tmp_path / "sbom.json").read_text())
+    assert sbom["bomFormat"] == "CycloneDX"
+    assert (sbom["metadata"]["component"]["name"], sbom["metadata"]["component"]["version"]) == (
+        PROJECT["name"],
+        PROJECT["version"],
+    )
+    expected = {(each.requirement.name, each.version) for name in ("cpu", "demo") for each in locked(name)}
+    assert {(each["name"], each["version"]) for each in sbom["components"]} == expected
+    text = LOCKS["cpu"].read_text()
+    for component in sbom["components"]:
+        (reference,) = component["externalReferences"]
+        assert all(each["content"] in text or component["name"] == "elpv-dataset" for each in reference["hashes"])
+        assert reference["hashes"]
+
+
+# --- installable -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
