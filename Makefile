@@ -49,6 +49,10 @@ run: install  ## the quickstart: the three arms on photos of solar cells, publis
 test: install  ## the test suite, without the long tests
 	$(BIN)/python -m pytest
 
+.PHONY: test-elsewhere
+test-elsewhere: install  ## the test suite with other CPUs' kernels, on one core, by a new clock, ...: over an hour (TEST_ELSEWHERE_FLAGS=--short: minutes)
+	$(BIN)/python -m tests.elsewhere $(TEST_ELSEWHERE_FLAGS)
+
 .PHONY: test-real
 test-real: install  ## all long tests but test-backbones, with real photos and weights from ../shared; well over an hour on two cores
 	$(BIN)/python -m pytest -m slow -rs --ignore tests/models/test_every_backbone.py
