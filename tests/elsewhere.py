@@ -28,20 +28,22 @@ from xml.etree import ElementTree
 
 from tests.support.running import ROOT
 
-# What computes, and what waits or looks at a clock; a minute or less each on two cores.
+# What computes, and what waits or looks at a clock: four minutes on one core.
 SHORT = (
     "tests/data/test_duplicates.py",
     "tests/data/test_row_cache.py",
     "tests/experiment/test_run.py",
     "tests/machine/test_console.py",
-    "tests/models/test_classifier.py",
     "tests/models/test_export.py",
     "tests/models/test_frozen_features.py",
     "tests/models/test_fused_batch_norm.py",
     "tests/results/test_event_files.py",
     "tests/results/test_statistics.py",
     "tests/test_stopping.py",
-    "tests/training",
+    "tests/training/test_checkpoints.py",
+    "tests/training/test_live_tensorboard.py",
+    "tests/training/test_optimizers.py",
+    "tests/training/test_trainer.py",
 )
 # The Chatham Islands, 12 h 45 min before Greenwich, as a rule: it needs no database of zones.
 CHATHAM = "<+1245>-12:45<+1345>,M9.5.0/2:45,M4.1.0/3:45"
@@ -93,11 +95,12 @@ class Place:
         return " ".join([*umask, "env", *removed, *changed, *self.prefix])
 
 
-def kernels(isa: str, numpy_levels: tuple[str, ...]) -> Place:
+def kernels(isa: str, numpy_levels: tuple[str, ...], *, onednn: bool = False) -> Place:
     """Return the machine with another CPU's kernels.
 
-    oneDNN's are those of ``isa``. Of NumPy's, only these levels are left of those that it chooses between. OpenBLAS's
-    are Haswell's.
+    Those of matrix products, which oneDNN makes, are of ``isa``. TensorFlow's operations are Eigen's, as on a CPU
+    without AVX-512 VNNI, or oneDNN's as on this one. Of NumPy's, only these levels are left of those that it chooses
+    between. OpenBLAS's are Haswell's.
     """
     if platform.machine() != "x86_64":
         raise CannotBeMadeError(f"{platform.machine()} has no instruction sets of x86-64")
@@ -107,6 +110,7 @@ def kernels(isa: str, numpy_levels: tuple[str, ...]) -> Place:
     disabled = [name for name in chosen if numpy_core.__cpu_features__[name]]
     environment: dict[str, str | None] = {"ONEDNN_MAX_CPU_ISA": isa, "OPENBLAS_CORETYPE": "Haswell"}
     environment["NPY_DISABLE_CPU_FEATURES"] = " ".join(disabled)
+    environment["TF_ENABLE_ONEDNN_OPTS"] = "1" if onednn else "0"
     features = "__import__('numpy')._core._multiarray_umath.__cpu_features__"
     return Place(environment=environment, checks=(f"not any({features}[name] for name in {chosen})",))
 
@@ -119,6 +123,16 @@ def avx2() -> Place:
 def sse41() -> Place:
     """Return a machine as of 2008."""
     return kernels("SSE41", ())
+
+
+def onednn_avx2() -> Place:
+    """Return a machine without AVX-512 where TF_ENABLE_ONEDNN_OPTS=1 is set."""
+    return kernels("AVX2", ("X86_V3",), onednn=True)
+
+
+def onednn_sse41() -> Place:
+    """Return a machine as of 2008 where TF_ENABLE_ONEDNN_OPTS=1 is set."""
+    return kernels("SSE41", (), onednn=True)
 
 
 def one_core() -> Place:
@@ -167,7 +181,15 @@ def everything() -> Place:
     return made | Place(lacks=tuple(reasons))
 
 
-PLACES = {"avx2": avx2, "sse41": sse41, "one-core": one_core, "young-clock": young_clock, "bare": bare}
+PLACES = {
+    "avx2": avx2,
+    "sse41": sse41,
+    "onednn-avx2": onednn_avx2,
+    "onednn-sse41": onednn_sse41,
+    "one-core": one_core,
+    "young-clock": young_clock,
+    "bare": bare,
+}
 SHORT_PLACES = {"everything": everything}
 
 

@@ -71,7 +71,7 @@ def test_batch_norm_of_dense_features_stays_as_it_is() -> None:
 
 
 @pytest.mark.skipif(
-    "ONEDNN_MAX_CPU_ISA" in os.environ,
+    "ONEDNN_MAX_CPU_ISA" in os.environ and os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0",
     reason="TensorFlow asks oneDNN for bfloat16 by what the CPU has, whatever oneDNN is limited to, and is refused",
 )
 @pytest.mark.usefixtures("dtype_policy")
