@@ -1,5 +1,6 @@
-# Every target sets up what it needs: a fresh clone wants Python 3.11 or later and a package registry, nothing else.
+# Every target sets up what it needs: a fresh clone wants Python and a package registry, nothing else.
 PYTHON ?= python3
+PYTHONS := 3.11 3.12 3.13
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_ENV = set -a && . $(1) && set +a &&
@@ -10,6 +11,11 @@ DEVICE ?= gpu
 ENV ?= deploy/env/solar-demo.env
 IMAGE ?= transfer-learning-job:0.1.0$(if $(filter cpu,$(DEVICE)),-cpu)
 GPUS ?= --gpus all
+KNOWN_DEVICE = $(if $(filter gpu cpu,$(DEVICE)),,$(error DEVICE: received '$(DEVICE)'; accepted: gpu, cpu))
+SBOM := output/sbom-$(DEVICE).cdx.json
+# Who made the image of what, attached to it: Docker keeps that beside an image in a containerd store only.
+ATTEST = $(DOCKER) buildx version >/dev/null 2>&1 \
+  && $(DOCKER) info --format '{{.DriverStatus}}' 2>/dev/null | grep -q containerd.snapshotter
 
 .DEFAULT_GOAL := help
 
@@ -17,9 +23,19 @@ GPUS ?= --gpus all
 help:  ## list every target
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-$(VENV)/installed: pyproject.toml
+# The lock alone decides, also with what source distributions are built: pip checks no hashes of what it fetches for that.
+INSTALL := $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation
+# $(call part,PACKAGES,LOCK) writes those lines of the lock to a file of its own.
+part = awk '/^($(1))==/ {on = 1} on {print} !/\\$$/ {on = 0}' $(2) > $(VENV)/part.lock
+
+$(VENV)/installed: pyproject.toml requirements-dev.lock
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; v in "$(PYTHONS)".split() or sys.exit( \
+	  "PYTHON=$(PYTHON): received Python " + v + "; accepted: $(PYTHONS), as TensorFlow is published for no other; try PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev]'
+	$(call part,setuptools|wheel|packaging,requirements-dev.lock)
+	$(INSTALL) --require-hashes --requirement $(VENV)/part.lock
+	$(INSTALL) --require-hashes --requirement requirements-dev.lock
+	$(INSTALL) --editable .
 	@touch $@
 
 .PHONY: install
@@ -33,6 +49,10 @@ run: install  ## the quickstart: the three arms on photos of solar cells, publis
 test: install  ## the test suite, without the long tests
 	$(BIN)/python -m pytest
 
+.PHONY: test-elsewhere
+test-elsewhere: install  ## the test suite with other CPUs' kernels, on one core, by a new clock, ...: over an hour (TEST_ELSEWHERE_FLAGS=--short: minutes)
+	$(BIN)/python -m tests.elsewhere $(TEST_ELSEWHERE_FLAGS)
+
 .PHONY: test-real
 test-real: install  ## all long tests but test-backbones, with real photos and weights from ../shared; well over an hour on two cores
 	$(BIN)/python -m pytest -m slow -rs --ignore tests/models/test_every_backbone.py
@@ -43,7 +63,8 @@ test-backbones: install  ## every backbone trains in three arms, is exported and
 
 # CUDA and cuDNN, where there is a GPU for them; without one the run says so and fails.
 $(VENV)/installed-gpu: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable '.[demo,dev,gpu]'
+	$(call part,nvidia-.*,docker/requirements-gpu.lock)
+	$(INSTALL) --require-hashes --requirement $(VENV)/part.lock
 	@touch $@
 
 .PHONY: test-gpu
@@ -77,15 +98,30 @@ lint: install  ## ruff and strict mypy
 	$(BIN)/mypy
 
 .PHONY: lock
-lock: install  ## resolve what the images install anew, within the bounds of pyproject.toml: LOCK_FLAGS=--upgrade for newer
+lock: install  ## resolve what is installed here and in the images anew, within pyproject.toml: LOCK_FLAGS=--upgrade for newer
 	$(BIN)/python docker/lock.py $(LOCK_FLAGS)
 
 .PHONY: image
 image:  ## build the container image (DEVICE=cpu without CUDA; for ENV's default: WEIGHTS=MobileNetV2:96 EXTRAS=demo)
-	$(if $(filter gpu cpu,$(DEVICE)),,$(error DEVICE: received '$(DEVICE)'; accepted: gpu, cpu))
+	$(KNOWN_DEVICE)
+	@if $(ATTEST); then attest='--sbom=true --provenance=mode=max'; else attest=; fi; set -x; \
 	$(DOCKER) build --file docker/Dockerfile --tag $(IMAGE) --build-arg DEVICE=$(DEVICE) \
 	  --build-arg WEIGHTS='$(WEIGHTS)' --build-arg EXTRAS='$(EXTRAS)' --build-arg SOURCE='$(SOURCE)' \
-	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) $(BUILD_FLAGS) .
+	  --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null) --build-arg CREATED=$$(date -u +%Y-%m-%dT%H:%M:%SZ) \
+	  $$attest $(BUILD_FLAGS) . && { set +x; } 2>/dev/null && \
+	if [ -z "$$attest" ]; then echo 'the image has no SBOM and no provenance: $(DOCKER) has no buildx with a containerd store'; fi
+
+.PHONY: sbom
+sbom: install  ## write what the image of DEVICE installs, by its locks, to output/ as a CycloneDX SBOM
+	$(KNOWN_DEVICE)
+	@mkdir -p $(dir $(SBOM))
+	cat docker/requirements-$(DEVICE).lock $(if $(filter demo,$(EXTRAS)),docker/requirements-demo.lock) | PYTHONWARNINGS=ignore \
+	  $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file $(SBOM) -
+	@echo $(SBOM)
+
+.PHONY: audit
+audit: install  ## ask a database about known faults in what the locks name (AUDIT_FLAGS=--ignore-vuln=ID)
+	$(BIN)/python docker/audit.py $(AUDIT_FLAGS)
 
 .PHONY: docker-run
 docker-run:  ## run the image with the settings in ENV, as the caller, published to output/ (VERB=plan: only the checks)

@@ -17,7 +17,7 @@ from job.machine.replicas import Function, Replicas
 from job.models.classifier import Classifier, Cut
 from job.stopping import stop_if_asked
 
-# Rows do not depend on their companions, so inference may use any batch but one (see ``in_batches``).
+# Rows depend on their companions by rounding at most, so inference may use any batch but one (see ``in_batches``).
 INFERENCE_BATCH = 32
 # On a GPU, which 32 photos are too few to fill: of 160 px, or of rows with as many values; of larger ones fewer.
 _ON_GPU = 256

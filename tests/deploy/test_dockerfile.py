@@ -1,4 +1,4 @@
-"""What can be said of the container image without building it: Dockerfile, locks, .dockerignore, compose file."""
+"""What can be said of the container image without building it: Dockerfile, .dockerignore, compose file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import re
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
 from job import stopping
 from job.settings.environment import load
@@ -26,24 +23,6 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FOLDER = ROOT / "docker"
 DOCKERFILE = FOLDER / "Dockerfile"
 COMPOSE = FOLDER / "compose.yaml"
-MACHINES = {"gpu": ["x86_64"], "cpu": ["x86_64", "aarch64"], "demo": ["x86_64", "aarch64"]}
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """One package of a lock."""
-
-    requirement: Requirement
-    hashes: list[str]
-
-    @property
-    def version(self) -> str:
-        (specifier,) = self.requirement.specifier
-        return specifier.version
-
-    def on(self, machine: str) -> bool:
-        marker = self.requirement.marker
-        return marker is None or marker.evaluate({"platform_machine": machine})
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -65,25 +44,6 @@ def only(name: str) -> str:
 def pairs(name: str) -> dict[str, str]:
     text = " ".join(rest for each, rest in last_stage() if each == name)
     return {key: value.strip('"') for key, value in re.findall(r'([\w.]+)=("[^"]*"|\S+)', text)}
-
-
-def locked(name: str) -> list[Pinned]:
-    text = (FOLDER / f"requirements-{name}.lock").read_text().replace("\\\n", "")
-    return [
-        Pinned(Requirement(line.split(" --hash=")[0].strip()), re.findall(r"--hash=sha256:([0-9a-f]{64})\b", line))
-        for line in text.splitlines()
-    ]
-
-
-def versions(name: str, machine: str) -> dict[str, str]:
-    return {canonicalize_name(each.requirement.name): each.version for each in locked(name) if each.on(machine)}
-
-
-def direct(name: str) -> list[Requirement]:
-    """What pyproject.toml asks of the image: tensorflow-cpu stands for tensorflow where it is published."""
-    asked = PROJECT["optional-dependencies"]["demo"] if name == "demo" else PROJECT["dependencies"]
-    asked = asked + PROJECT["optional-dependencies"]["gpu"] if name == "gpu" else asked
-    return [Requirement(each) for each in asked]
 
 
 def let_in(path: str) -> bool:
@@ -114,12 +74,17 @@ def test_hadolint_finds_nothing_that_is_not_explained_beside_its_ignore() -> Non
 def test_every_base_is_an_argument_or_a_stage_and_names_no_registry() -> None:
     found = instructions()
     base = dict(rest.partition("=")[::2] for name, rest in found if name == "ARG")["BASE_IMAGE"]
-    assert re.fullmatch(r"python:3\.11-[\w.-]+", base)
+    assert re.fullmatch(r"python:3\.11-[\w.-]+@sha256:[0-9a-f]{64}", base)
     stages = {rest.split(" AS ")[1] for name, rest in found if name == "FROM"}
     for name, rest in found:
         if name == "FROM":
             image = rest.split(" AS ")[0]
             assert image in {"${BASE_IMAGE}", "scratch"} or image.replace("${DEVICE}", "gpu") in stages
+
+
+def test_the_syntax_is_pinned_in_the_first_line_where_alone_it_counts() -> None:
+    first = DOCKERFILE.read_text().splitlines()[0]
+    assert re.fullmatch(r"# syntax=docker/dockerfile:1\.\d+\.\d+@sha256:[0-9a-f]{64}", first)
 
 
 def test_the_entrypoint_gets_signals_and_no_arguments() -> None:
@@ -128,8 +93,13 @@ def test_the_entrypoint_gets_signals_and_no_arguments() -> None:
     assert only("STOPSIGNAL") == "SIGTERM"
 
 
-def test_the_user_is_a_number_that_is_not_root() -> None:
-    assert int(only("USER")) == 10001
+def test_user_and_group_are_numbers_that_are_not_root() -> None:
+    assert only("USER") == "10001:10001"
+    assert compose({})["services"]["job"]["user"] == "10001:10001"
+
+
+def test_the_job_can_know_its_revision() -> None:
+    assert pairs("ENV")["JOB_REVISION"] == pairs("LABEL")["org.opencontainers.image.revision"] == "${REVISION}"
 
 
 def test_the_image_sets_only_what_the_job_accepts_and_an_output_that_it_does_not_have() -> None:
@@ -161,35 +131,6 @@ def test_the_tag_is_the_version_wherever_it_stands() -> None:
         tags = re.findall(rf"{PROJECT['name']}:([\d.]+)", file.read_text())
         assert tags, file
         assert set(tags) == {PROJECT["version"]}, file
-
-
-@pytest.mark.parametrize("name", MACHINES)
-def test_a_lock_has_names_versions_and_hashes_and_nothing_else(name: str) -> None:
-    text = (FOLDER / f"requirements-{name}.lock").read_text()
-    package = r"[a-z0-9-]+==[\w.]+( ; platform_machine == '\w+')?( \\\n    --hash=sha256:[0-9a-f]{64})+\n"
-    assert re.fullmatch(f"({package})+", text)
-
-
-@pytest.mark.parametrize(
-    ("name", "machine"), [(name, each) for name, machines in MACHINES.items() for each in machines]
-)
-def test_a_lock_holds_what_pyproject_asks_for_within_its_bounds(name: str, machine: str) -> None:
-    pinned = versions(name, machine)
-    if name == "cpu" and machine == "x86_64":
-        assert "tensorflow" not in pinned  # both would lie in one folder
-        pinned["tensorflow"] = pinned["tensorflow-cpu"]
-    for requirement in direct(name):
-        version = pinned.get(canonicalize_name(requirement.name))
-        assert version is not None, f"{requirement} is not in the lock: make lock"
-        assert requirement.specifier.contains(version), f"{requirement}: the lock has {version}: make lock"
-
-
-def test_the_locks_agree_on_all_but_cuda() -> None:
-    gpu, cpu = versions("gpu", "x86_64"), versions("cpu", "x86_64")
-    assert cpu.pop("tensorflow-cpu") == gpu.pop("tensorflow")
-    cuda = {name for name in gpu.keys() - cpu.keys() if name.startswith("nvidia-")}
-    assert {"nvidia-cudnn-cu12", "nvidia-cuda-nvcc-cu12", "nvidia-nccl-cu12"} <= cuda
-    assert cpu == {name: version for name, version in gpu.items() if name not in cuda}
 
 
 def test_the_dockerfile_takes_the_lock_of_its_device_with_its_hashes() -> None:
@@ -258,6 +199,32 @@ def test_make_refuses_an_unknown_device() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "received 'tpu'; accepted: gpu, cpu" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("buildx", "store", "attested"),
+    [
+        (True, "[[driver-type io.containerd.snapshotter.v1]]", True),
+        (True, "[[Backing Filesystem extfs]]", False),
+        (False, "", False),
+    ],
+)
+def test_make_attests_the_image_where_docker_can_keep_it(
+    buildx: bool, store: str, attested: bool, tmp_path: Path
+) -> None:
+    docker = tmp_path / "docker"
+    docker.write_text(
+        f'#!/bin/sh\ncase $1 in\nbuildx) {str(buildx).lower()} ;;\ninfo) echo "{store}" ;;\n'
+        f'build) printf "%s\\n" "$@" >{tmp_path}/told ;;\nesac\n'
+    )
+    docker.chmod(0o755)
+    command = ["make", "image", "DEVICE=cpu", f"DOCKER={docker}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    words = (tmp_path / "told").read_text().splitlines()
+    assert words[0] == "build"
+    assert ({"--sbom=true", "--provenance=mode=max"} <= set(words)) == attested
+    assert not attested or "no SBOM" not in done.stdout
+    assert attested or "the image has no SBOM and no provenance" in done.stdout
 
 
 # --- compose ---------------------------------------------------------------------------------------------------------

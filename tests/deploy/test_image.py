@@ -189,7 +189,8 @@ def test_the_image_says_what_it_is(image: str) -> None:
     assert labels["version"] == version
     assert labels["revision"] == "0123abc"
     assert labels["licenses"] == "Apache-2.0 AND CC-BY-NC-SA-4.0"
-    assert found["Config"]["User"] == "10001"
+    assert found["Config"]["User"] == "10001:10001"
+    assert "JOB_REVISION=0123abc" in found["Config"]["Env"]
     assert found["Config"]["Entrypoint"] == ["python", "-m", "job"]
     assert not found["Config"].get("Cmd")
     assert not any(variable.startswith("NVIDIA_") for variable in found["Config"]["Env"])

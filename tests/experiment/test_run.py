@@ -16,11 +16,14 @@ import pytest
 
 import job
 from job.experiment.source_code import digest_of
+from tests.support.kernels import answers_depend_on_the_batch
 from tests.support.kills import started, variables_of
 from tests.support.running import CLASSES, ROOT, Published, completed, published_by, run_job
 from tests.support.servers import faulty_proxy, gcs_server, stored
 
 ARMS = ["scratch", "frozen", "fine_tune"]
+# how far a training on rows that are equal to rounding may end from another: 100 times what was seen of Eigen's kernels
+ROUNDING = 1e-4
 # of predictions.csv: example, label and probabilities
 Row = tuple[str, int, list[float]]
 
@@ -199,20 +202,28 @@ def test_another_experiment_under_an_id_that_another_has_begun_with_is_refused_b
     assert run_job(small | same_id, "plan").code == 0
 
 
-def test_results_are_bit_identical_without_the_cache_and_in_another_order(
+def test_results_are_the_same_without_the_cache_and_in_another_order(
     published: Published, small: dict[str, str], tmp_path: Path
 ) -> None:
+    """Bit for bit where kernels make the same of a photo wherever it stands in the batch, elsewhere to rounding."""
     changes = {"TRANSFER_FEATURE_CACHE": "off", "TRANSFER_ARMS": "fine_tune,frozen", "TRANSFER_RUN_ID": "uncached"}
     other = published_by(small | changes, tmp_path)
     for arm in ("fine_tune", "frozen"):
         places = [run.folder / f"arms/{arm}/fraction-1/seed-0" for run in (other, published)]
-        predictions = [place / "predictions.csv" for place in places]
-        assert predictions[0].read_bytes() == predictions[1].read_bytes(), arm
+        exact = not answers_depend_on_the_batch(places[0] / "saved_model", 32)
+        predictions = [(place / "predictions.csv").read_bytes() for place in places]
+        assert predictions[0] == predictions[1] or not exact, arm
         uncached, cached = (variables_of(place / "saved_model") for place in places)
         assert uncached.keys() == cached.keys()
         assert len(cached) > 100
         for name, value in uncached.items():
-            np.testing.assert_array_equal(value, cached[name], err_msg=f"{arm}: {name}")
+            close = 0.0 if exact else ROUNDING * max(1.0, np.abs(value).max())
+            np.testing.assert_allclose(value, cached[name], rtol=0, atol=close, err_msg=f"{arm}: {name}")
+    answers = [{result["arm"]: rows for result, (_, rows) in predictions_of(run)} for run in (other, published)]
+    for arm, rows in answers[0].items():
+        for (name, label, one), (*same, another) in zip(rows, answers[1][arm], strict=True):
+            assert [name, label] == same
+            np.testing.assert_allclose(one, another, rtol=0, atol=ROUNDING)
     assert other.folder.name == "uncached"
     assert {arm: result["rows"]["kept"] for arm, result in by_arm(other).items()} == {"fine_tune": "no", "frozen": "no"}
     assert not any("features of" in line["message"] for line in other.process.lines)

@@ -23,6 +23,9 @@ from tests.models.test_classifier import classifier
 COUNT = 2 * INFERENCE_BATCH + 5
 KEY: dict[str, Any] = {"dataset": "pets", "image_size": 32, "backbone": "MobileNet", "weights": "one", "precision": "f"}
 
+# of the largest value: 20 times what was seen of Eigen's kernels
+ROUNDING = 1e-5
+
 
 @pytest.fixture(scope="module")
 def model() -> Classifier:
@@ -60,19 +63,23 @@ def test_rows_are_what_the_trunk_gives_and_pooled_rows_what_the_whole_backbone_g
     assert isinstance(made.rows(model, Part.HEAD, "train").values, np.ndarray)
 
 
-def test_rows_computed_at_every_reading_are_bit_identical_to_those_that_are_kept(
+def test_rows_computed_at_every_reading_are_those_that_are_kept(
     model: Classifier, pixels: dict[str, Rows], tmp_path: Path
 ) -> None:
+    """Bit for bit where kernels make the same of a photo wherever it stands in the batch, elsewhere to rounding."""
     kept, computed = features(pixels, tmp_path), features(pixels, None)
     for part in (Part.TAIL, Part.HEAD):
         values = computed.rows(model, part, "train").values
         assert isinstance(values, Computed)
         expected = kept.rows(model, part, "train").values
         assert (values.shape, values.dtype, len(values)) == (expected.shape, expected.dtype, COUNT)
+        orders = [np.random.default_rng(seed).permutation(INFERENCE_BATCH) for seed in range(4)]
+        exact = all(np.array_equal(values[order], values[:INFERENCE_BATCH][order]) for order in orders)
+        close = 0.0 if exact else ROUNDING * np.abs(expected[:]).max()
         # a batch of any size, of one row too, in any order
         for size in (1, 2, 7, INFERENCE_BATCH, COUNT):
             index = np.random.default_rng(size).permutation(COUNT)[:size]
-            np.testing.assert_array_equal(values[index], expected[index])
+            np.testing.assert_allclose(values[index], expected[index], rtol=0, atol=close)
         assert values[:0].shape == (0, *expected.shape[1:])
 
 
