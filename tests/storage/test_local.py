@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from job.errors import ConfigError
 from job.local_files import appearing
+from job.storage.commit import Pending, finish
 from job.storage.locations import open_store
 from job.storage.store import Store, UnusableError
 from tests.support.bounds import ends_within
 from tests.support.running import python
+from tests.support.small_runs import FINGERPRINT, manifest, write_tree
 
 
 @pytest.fixture
@@ -24,7 +30,9 @@ def folder(tmp_path: Path) -> Store:
 def test_what_a_killed_writer_left_is_removed(folder: Store, tmp_path: Path) -> None:
     script = f"""
         import os, pathlib, signal
-        from job.local_files import appearing
+        from job.errors import ConfigError
+from job.local_files import appearing
+from job.storage.commit import Pending, finish
         with appearing(pathlib.Path({str(tmp_path / "store/below/file")!r}), os.replace) as file:
             file.write(b"half")
             file.flush()
@@ -150,3 +158,28 @@ def test_a_store_may_be_named_by_a_link(outside: Path, tmp_path: Path) -> None:
     store.child("below").put_bytes("x", b"x")
     assert set(store.list()) == {"file", "below/x"}
     assert (outside / "below" / "x").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("which", ["path", "stored", "link"])
+def test_a_commit_that_somebody_made_up_writes_nothing_outside_and_reads_nothing_there(
+    folder: Store, outside: Path, tmp_path: Path, which: str
+) -> None:
+    place, artifacts = Pending(folder, FINGERPRINT).add_files(write_tree(tmp_path / "tree"))
+    fields = manifest(artifacts).model_dump(mode="json")
+    stored = {artifact.path: f"{place}/{artifact.path}" for artifact in artifacts}
+    first = artifacts[0].path
+    if which == "path":
+        fields["artifacts"][0]["path"] = "../outside/new"
+        stored["../outside/new"] = stored[first]
+    elif which == "stored":
+        stored[first] = "../../outside/file"
+    else:
+        (tmp_path / "store" / "arms").symlink_to(outside)
+    content = json.dumps({"manifest": fields, "stored": stored, "best": None}).encode()
+    folder.put_bytes("checkpoints/commit.json", hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    with suppress(ConfigError):
+        assert not finish(folder, FINGERPRINT)
+    assert [path.read_bytes() for path in outside.iterdir()] == [b"outside"]
+    assert folder.read("manifest.json") is None
+    files = [name for name, stored in folder.list().items() if stored.plain]
+    assert all(folder.read(name) != b"outside" for name in files)
