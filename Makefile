@@ -61,6 +61,10 @@ test-real: install  ## all long tests but test-backbones, with real photos and w
 test-backbones: install  ## every backbone trains in three arms, is exported and serves what was measured; two hours
 	$(BIN)/python -m pytest tests/models/test_every_backbone.py -m slow -n 0 -rs --durations=0
 
+.PHONY: fuzz
+fuzz: install  ## 105,000 hostile and broken runs, environments and checkpoints, made up anew each time; half an hour
+	$(BIN)/python -m pytest tests/fuzz --hypothesis-profile=long
+
 # CUDA and cuDNN, where there is a GPU for them; without one the run says so and fails.
 $(VENV)/installed-gpu: $(VENV)/installed
 	$(call part,nvidia-.*,docker/requirements-gpu.lock)

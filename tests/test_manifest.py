@@ -247,6 +247,33 @@ def test_what_is_no_crc32c_is_refused(value: str) -> None:
     assert not accepted(changed(("artifacts", 0, "crc32c"), value))
 
 
+@pytest.mark.parametrize("at", [("artifacts", 0, "path"), ("results", 0, "saved_model")], ids=shown)
+@pytest.mark.parametrize(
+    "value",
+    ["", "/", "/a", "a/", "a//b", ".", "..", "./a", "../a", "a/..", "a/./b", "a\\b", "a\tb", "\0", "\x80", "a" * 1025],
+)
+def test_what_is_no_path_inside_the_run_is_refused(at: Path, value: str) -> None:
+    assert not accepted(changed(at, value))
+
+
+@pytest.mark.parametrize("value", ["a", ".a", "..a", "...", "a..", "a/.b/..c/...", "größe 1%/ä?#", "a" * 1024])
+def test_any_other_path_is_taken(value: str) -> None:
+    assert accepted(changed(("artifacts", 0, "path"), value))
+
+
+def test_a_path_that_ends_with_a_line_break_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        Manifest.model_validate(changed(("artifacts", 0, "path"), "a\n"))
+
+
+def test_a_row_of_a_matrix_is_one_line_and_texts_stay_as_they_are() -> None:
+    document = changed(("verdict",), "[\n  1,\n  2\n] [ 1, 2 ]")
+    data = Manifest.model_validate(document).to_json()
+    assert json.loads(data) == document
+    assert data.count(b"[14,1],") == 1
+    assert b'"seeds": [0]' in data
+
+
 def test_every_number_is_looked_at() -> None:
     assert ("results", 0, "metrics", "test", "per_class", 1, "f1") in FLOATS
     assert len(FLOATS) > 50

@@ -33,7 +33,7 @@ from job.settings.groups import (
     RuntimeSettings,
     TrainingSettings,
 )
-from job.settings.types import shown
+from job.settings.types import LONGEST, shown
 from job.uris import without_secrets
 
 
@@ -201,10 +201,11 @@ _SECRET_NAME = re.compile("KEY|TOKEN|SECRET|PASS|CREDENTIAL", re.IGNORECASE)
 
 
 def _unknown(name: str, value: str) -> Problem:
-    nearest = _NAMES[difflib.get_close_matches(name.upper().removeprefix(PREFIX), _NAMES, n=1, cutoff=0)[0]]
+    alike = name.upper().removeprefix(PREFIX)[:LONGEST]  # the longer, the slower
+    nearest = _NAMES[difflib.get_close_matches(alike, _NAMES, n=1, cutoff=0)[0]]
     received = "a value not shown here" if _SECRET_NAME.search(name) else shown(value)
     return Problem(
-        name,
+        name if name.isprintable() and len(name) <= LONGEST else shown(name),
         f"received {received}, but there is no such setting; the nearest is {nearest} "
         "(`python -m job env` lists all that are accepted)",
     )

@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from job.backbone_table import BACKBONES
 from job.settings import types
 from job.settings.cluster import Cluster, image_of, parse
-from job.settings.types import ASIDE, DESIGN, Accepts, Declared, Role, ShownDefault
+from job.settings.types import ASIDE, DESIGN, LARGEST, Accepts, Declared, Role, ShownDefault
 
 PREFIX = "TRANSFER_"
 
@@ -122,12 +122,13 @@ class TrainingSettings(Group):
         f"(MobileNetV2: {BACKBONES['MobileNetV2'].fine_tune_from})",
         recipe("first layer that fine-tuning trains"),
     )
-    epochs: int = _setting(10, "per arm, all its phases together", recipe("epochs"), ge=1)
+    epochs: int = _setting(10, "per arm, all its phases together", recipe("epochs"), ge=1, le=LARGEST)
     head_epochs: Annotated[int | None, ShownDefault(f"{HEAD_SHARE:.0%} of the epochs")] = _setting(
         None,
         "of these, how many fine_tune first trains the head alone",
         recipe("epochs of the head alone"),
         ge=0,
+        le=LARGEST,
     )
     batch_size: Annotated[
         int,
@@ -185,11 +186,15 @@ class OutputSettings(Group):
     run_id: Annotated[types.RunId | None, ShownDefault("from the fingerprint")] = _setting(
         None, "the same settings on the same data give the same id", ASIDE
     )
-    cost_per_hour: float | None = _setting(None, "price of the machine, for the cost columns", ASIDE, ge=0)
+    cost_per_hour: float | None = _setting(None, "price of the machine, for the cost columns", ASIDE, ge=0, le=LARGEST)
     max_seconds: float | None = _setting(
-        None, "a cap on a run's time over all restarts, at which progress is saved and the exit is 78", ASIDE, gt=0
+        None,
+        "a cap on a run's time over all restarts, at which progress is saved and the exit is 78",
+        ASIDE,
+        gt=0,
+        le=LARGEST,
     )
-    max_cost: float | None = _setting(None, "the same in money, with TRANSFER_COST_PER_HOUR", ASIDE, gt=0)
+    max_cost: float | None = _setting(None, "the same in money, with TRANSFER_COST_PER_HOUR", ASIDE, gt=0, le=LARGEST)
 
 
 class PlatformSettings(Group):

@@ -46,6 +46,10 @@ class Role:
 
 ASIDE = Role(decides=False)
 DESIGN = Role(decides=True)
+# What is counted or paid is no more than this; a number of hundreds of digits is no number that can be computed with.
+LARGEST = 1_000_000_000
+# Characters of what was received that are shown.
+LONGEST = 80
 
 
 # --- types -------------------------------------------------------------------------------------------------------
@@ -117,7 +121,7 @@ DistinctList = Annotated[CommaList[T], _DISTINCT]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Units = Annotated[int, Field(ge=1)]
+Units = Annotated[int, Field(ge=1, le=LARGEST)]
 Text = Annotated[str, StringConstraints(min_length=1)]
 LocalPath = Annotated[Text, AfterValidator(_local), Accepts("a local path")]
 Location = Annotated[
@@ -211,7 +215,7 @@ def as_text(value: object) -> str:
 def shown(value: str) -> str:
     """Return what was received as it may stand in a log: quoted, at most 80 characters, without secrets in a URL."""
     quoted = repr(without_secrets(value))
-    return quoted if len(quoted) <= 80 else f"{quoted[:79]}…"
+    return quoted if len(quoted) <= LONGEST else f"{quoted[: LONGEST - 1]}…"
 
 
 def _unwrapped(annotation: Any) -> tuple[Any, list[Any]]:

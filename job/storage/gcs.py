@@ -31,7 +31,7 @@ from requests.exceptions import InvalidSchema, InvalidURL, MissingSchema
 from job.errors import ConfigError, UnavailableError
 from job.local_files import appearing
 from job.storage import credentials
-from job.storage.store import THREADS, Digest, Store, Stored, checksums, measure
+from job.storage.store import THREADS, Digest, Store, Stored, Whole, checksums, measure
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class GcsStore(Store):
         return Stored(name, size, crc32c)
 
     def read(self, name: str) -> bytes | None:
-        content = io.BytesIO()
+        content = Whole(self, name)
         try:
             self._receive(name, content)
         except FileNotFoundError:

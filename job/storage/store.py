@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import tempfile
 import uuid
 from abc import ABC, abstractmethod
@@ -17,21 +18,31 @@ from typing import BinaryIO
 
 import google_crc32c
 
-from job.errors import ConfigError
+from job.errors import ConfigError, Problem
 
 # Files are read, written and measured in blocks of so many bytes.
 BLOCK = 1 << 20
 # The storage client's pool keeps 10 connections; more threads would open and drop one for each request.
 THREADS = 8
+# What is read as a whole: the manifest of 1,000 classes and 36 results takes 227 MiB.
+LARGEST = 512 << 20
+
+
+class UnusableError(ConfigError):
+    """What is never read, though something may be there: a name outside of the store, no plain file, or too large."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored object: its name in the store, its size, and its CRC32C in base64 where known without reading it."""
+    """A stored object: its name in the store, its size, and its CRC32C in base64 where known without reading it.
+
+    plain: False for what is in a folder, and is neither file nor folder: a symbolic link, a pipe, a device.
+    """
 
     name: str
     bytes: int
     crc32c: str | None
+    plain: bool = True
 
 
 class Digest:
@@ -53,6 +64,24 @@ class Digest:
     def result(self) -> tuple[int, str, str]:
         """Return size in bytes, SHA-256 in hexadecimal and CRC32C (big-endian) in base64 of what was written."""
         return self._bytes, self._sha256.hexdigest(), base64.b64encode(self._crc32c.to_bytes(4, "big")).decode()
+
+
+class Whole(io.BytesIO):
+    """The content of one object, which may have :data:`LARGEST` bytes. ``store`` and ``name`` say whose, in the error.
+
+    Raises:
+        UnusableError: in ``write``, where it has more.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        super().__init__()
+        self._store, self._name = store, name
+
+    def write(self, data: bytes) -> int:  # type: ignore[override]
+        """Take in a block, as files do."""
+        if self.tell() + len(data) > LARGEST:
+            raise self._store.unusable(self._name, f"has more than {LARGEST >> 20} MiB")
+        return super().write(data)
 
 
 def checksums(path: Path) -> tuple[int, str, str]:
@@ -81,6 +110,10 @@ class Store(ABC):
         self.uri = uri
         self.variable = variable
 
+    def unusable(self, name: str, why: str) -> UnusableError:
+        """Return the error that tells why ``name``, which need not be fit for logs, is not read or written."""
+        return UnusableError([Problem(self.variable, f"{name!r} in {self.uri} {why}")])
+
     @abstractmethod
     def put(self, name: str, source: Path) -> Stored:
         """Store a file's content under ``name``, in place of what was there."""
@@ -98,7 +131,7 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, name: str) -> bytes | None:
-        """Return an object's content, None when there is no such object."""
+        """Return an object's content, None when there is no such object. UnusableError beyond ``LARGEST`` bytes."""
 
     @abstractmethod
     def checksums(self, name: str) -> tuple[int, str, str]:

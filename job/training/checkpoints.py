@@ -1,14 +1,16 @@
 """Checkpoints: how far the training of one result has come, saved so that a killed run goes on from there.
 
 A checkpoint is one file, so that it is whole or not there, and its name carries its SHA-256: one that was cut short or
-changed is recognised, and the one before is used. It carries the run's fingerprint too.
+changed is recognised, and the one before is used. It carries the run's fingerprint too. Whatever lies under such a
+name is either gone on from or not used, with a warning; no code in it runs, and no more memory is taken than it has
+bytes.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import logging
+import math
 import re
 import threading
 import time
@@ -17,8 +19,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, BinaryIO
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -26,14 +28,15 @@ from pydantic import TypeAdapter
 
 from job import stopping
 from job.errors import JobError, Stopped
-from job.manifest import Epoch
+from job.manifest import Count, Epoch, Seconds, Sha256
+from job.storage.documents import parse
 from job.storage.store import Store, checksums
 
 logger = logging.getLogger(__name__)
 
 # The one before is for the case that the newest is damaged.
 _KEPT = 2
-_NAME = re.compile(r"(?P<result>.+)-step-(?P<step>\d+)-(?P<digest>[0-9a-f]{16})\.ckpt")
+_NAME = re.compile(r"(?P<result>.+)-step-(?P<step>[0-9]{9,18})-(?P<digest>[0-9a-f]{16})\.ckpt")
 _RECORD = "record"
 _VERSION = 1
 
@@ -48,14 +51,14 @@ class Progress:
     often a run went on from a checkpoint of this result.
     """
 
-    step: int = 0
-    phase: int = 0
-    phase_step: int = 0
+    step: Count = 0
+    phase: Count = 0
+    phase_step: Count = 0
     history: tuple[Epoch, ...] = ()
-    images: int = 0
-    seconds: float = 0.0
-    epoch_seconds: float = 0.0
-    resumed: int = 0
+    images: Count = 0
+    seconds: Seconds = 0.0
+    epoch_seconds: Seconds = 0.0
+    resumed: Count = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,7 @@ class Checkpoint:
 
     def to_bytes(self) -> bytes:
         """Return it as one string of bytes, for another worker."""
-        record = np.frombuffer(TypeAdapter(Progress).dump_json(self.progress), np.uint8)
+        record = np.frombuffer(_PROGRESS.dump_json(self.progress), np.uint8)
         file = io.BytesIO()
         np.savez(file, allow_pickle=False, **{_RECORD: record}, **self.arrays)
         return file.getvalue()
@@ -75,9 +78,21 @@ class Checkpoint:
     @classmethod
     def from_bytes(cls, content: bytes) -> Checkpoint:
         """Return what :meth:`to_bytes` was called of."""
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-        return cls(TypeAdapter(Progress).validate_json(arrays.pop(_RECORD).tobytes()), arrays)
+        arrays = _read(io.BytesIO(content))
+        return cls(_PROGRESS.validate_json(arrays.pop(_RECORD).tobytes()), arrays)
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a checkpoint says of itself."""
+
+    version: int
+    fingerprint: Sha256
+    progress: Progress
+
+
+_PROGRESS = TypeAdapter(Progress)
+_SAVED = TypeAdapter(_Saved)
 
 
 class _UnusableError(Exception):
@@ -161,22 +176,23 @@ class Checkpoints:
             size, digest, _ = checksums(self._file)
             if match is None or not digest.startswith(match["digest"]):
                 raise _UnusableError(f"it is damaged: {size:,} bytes, whose SHA-256 is not the one in its name")
-            with np.load(self._file, allow_pickle=False) as file:
-                arrays = {key: file[key] for key in file.files}
-            record = json.loads(arrays.pop(_RECORD).tobytes())
-            if record["version"] != _VERSION or record["fingerprint"] != self._fingerprint:
-                raise _UnusableError(
-                    f"it belongs to another run or other settings (fingerprint {str(record['fingerprint'])[:12]} "
-                    f"instead of {self._fingerprint[:12]})"
-                )
-            progress = TypeAdapter(Progress).validate_python(record["progress"])
-        except (ValueError, KeyError, TypeError, OSError, EOFError, BadZipFile) as error:
+            with self._file.open("rb") as file:
+                arrays = _read(file)
+            saved = _SAVED.validate_python(parse(arrays.pop(_RECORD).tobytes()))
+        except _UnusableError:
+            raise
+        except Exception as error:  # of half a dozen libraries' types, and MemoryError and RecursionError
             raise _UnusableError(f"it is no checkpoint ({type(error).__name__})") from error
         finally:
             self._file.unlink(missing_ok=True)
-        if progress.phase > phases:
-            raise _UnusableError(f"it is in phase {progress.phase + 1} of {phases}")
-        return Checkpoint(progress, arrays)
+        if saved.version != _VERSION or saved.fingerprint != self._fingerprint:
+            raise _UnusableError(
+                f"it belongs to another run or other settings (fingerprint {saved.fingerprint[:12]} "
+                f"instead of {self._fingerprint[:12]})"
+            )
+        if saved.progress.phase > phases:
+            raise _UnusableError(f"it is in phase {saved.progress.phase + 1} of {phases}")
+        return Checkpoint(saved.progress, arrays)
 
     def due(self, share: float = 1.0) -> bool:
         """Return whether a checkpoint must be saved now, so that it lies in its place before too much can be lost.
@@ -217,12 +233,8 @@ class Checkpoints:
             )
 
     def _write(self, result: str, checkpoint: Checkpoint) -> str:
-        record = {
-            "version": _VERSION,
-            "fingerprint": self._fingerprint,
-            "progress": TypeAdapter(Progress).dump_python(checkpoint.progress, mode="json"),
-        }
-        content = np.frombuffer(json.dumps(record).encode(), np.uint8)
+        saved = _Saved(_VERSION, self._fingerprint, checkpoint.progress)
+        content = np.frombuffer(_SAVED.dump_json(saved), np.uint8)
         try:
             with self._file.open("wb") as file:
                 np.savez(file, allow_pickle=False, **{_RECORD: content}, **checkpoint.arrays)
@@ -245,6 +257,31 @@ class Checkpoints:
         with suppress(JobError):  # they are removed again once the run is published
             for name in self._names_of(result):
                 self._store.delete(name)
+
+
+def _read(file: BinaryIO) -> dict[str, npt.NDArray[Any]]:
+    """Return the arrays that ``np.savez`` wrote to ``file``. An Exception of any type where it did not.
+
+    NumPy's own reader believes what a file says: one of a few hundred bytes may have it ask for all memory.
+    """
+    size = file.seek(0, io.SEEK_END)
+    arrays = {}
+    with ZipFile(file) as members:
+        if sum(each.file_size for each in members.infolist()) > size:
+            raise ValueError("its members overlap or are compressed")
+        for each in members.infolist():
+            if each.compress_type != ZIP_STORED:
+                raise ValueError("a member is compressed")
+            with members.open(each) as member:
+                if np.lib.format.read_magic(member) != (1, 0):
+                    raise ValueError("an array is in another format")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+                told = math.prod(shape) * dtype.itemsize
+                if dtype.kind not in "biuf" or min(shape, default=0) < 0 or told != each.file_size - member.tell():
+                    raise ValueError("an array has another size than it says")
+                member.seek(0)
+                arrays[each.filename.removesuffix(".npy")] = np.lib.format.read_array(member, allow_pickle=False)
+    return arrays
 
 
 def copied(variables: Sequence[Any], name: str) -> dict[str, npt.NDArray[Any]]:

@@ -20,6 +20,7 @@ from job.settings.environment import (
     variables_markdown,
 )
 from job.settings.groups import DataSettings, ModelSettings, OutputSettings, TrainingSettings, default_head_epochs
+from tests.support.refusals import refused
 
 CONTRACT_DEFAULTS = {
     "TRANSFER_DATASET": "cats_vs_dogs",
@@ -492,3 +493,20 @@ def test_a_settings_error_and_the_table_need_neither_tensorflow_nor_keras() -> N
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "['job.settings.environment']\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["TRANSFER_EPOCHS", "TRANSFER_HEAD_EPOCHS", "TRANSFER_HEAD_UNITS", "TRANSFER_COST_PER_HOUR"]
+)
+def test_a_number_that_cannot_be_computed_with_is_refused(name: str) -> None:
+    with refused(name, "and at most 1000000000") as caught:
+        load({name: "9" * 400})
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["TRANSFER_X\n12:00:00 published", "TRANSFER_\udcff", "TRANSFER_" + "A" * 100_000])
+def test_an_unknown_name_is_shown_so_that_it_writes_no_line_of_the_log(name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({name: "1"})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300

@@ -13,6 +13,7 @@ from pathlib import Path
 import google_crc32c
 import pytest
 
+import job.storage.store
 from job.errors import ConfigError, UnavailableError
 from job.storage.locations import fetch, open_store
 from job.storage.store import Store, Stored, checksums
@@ -70,6 +71,17 @@ def test_what_is_not_there_is_none_in_reading_and_an_error_in_copying(store: Sto
             store.checksums(name)
     assert not (tmp_path / "target").exists()
     assert store.child("nothing").list() == {}
+
+
+def test_what_is_read_as_a_whole_has_an_end(store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(job.storage.store, "LARGEST", 3 << 20)
+    store.put_bytes("most", bytes(3 << 20))
+    store.put_bytes("more", bytes((3 << 20) + 1))
+    assert store.read("most") == bytes(3 << 20)
+    with refused(VARIABLE, f"'more' in {store.uri} has more than 3 MiB"):
+        store.read("more")
+    store.download("more", tmp_path / "more")
+    assert (tmp_path / "more").stat().st_size == (3 << 20) + 1
 
 
 def test_put_replaces_and_names_may_hold_spaces_and_umlauts(store: Store) -> None:

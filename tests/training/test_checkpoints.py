@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import logging
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,13 +123,102 @@ def test_one_of_another_run_is_refused_with_the_reason(
 def test_junk_under_a_sound_name_is_no_checkpoint(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import hashlib
-
     junk = b"junk"
     store.put_bytes(f"{RESULT}-step-000000001-{hashlib.sha256(junk).hexdigest()[:16]}.ckpt", junk)
     with caplog.at_level(logging.WARNING):
         assert newest(store, tmp_path) is None
     assert "it is no checkpoint" in caplog.text
+
+
+def npy(header: str, content: bytes = b"") -> bytes:
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + content
+
+
+def record_of(text: str) -> bytes:
+    return npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({len(text)},), }}", text.encode())
+
+
+def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as whole:
+        for name, content in members.items():
+            whole.writestr(name, content)
+    return file.getvalue()
+
+
+class Runs:
+    """What would be loaded as an array of objects, and by that run."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.mkdir, (Path("ran"),)
+
+
+def objects() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([Runs()], object), allow_pickle=True)
+    return file.getvalue()
+
+
+def repeated(members: dict[str, bytes]) -> bytes:
+    """Return an archive whose last member is listed a thousand times."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as whole:
+        for name, content in members.items():
+            whole.writestr(name, content)
+        whole.filelist += [whole.filelist[-1]] * 1000
+    return file.getvalue()
+
+
+PROGRESS = '"history": [], "images": 0, "seconds": 1.0, "epoch_seconds": 0.0, "resumed": 0, "phase": 0, "phase_step": 0'
+RECORD = f'{{"version": 1, "fingerprint": "{FINGERPRINT}", "progress": {{"step": 1, {PROGRESS}}}}}'
+SOUND = record_of(RECORD)
+SHAPE = "{'descr': '<f4', 'fortran_order': False, 'shape': (%d,), }"
+HUGE = SHAPE % (27 * 2**28)
+
+CRAFTED: dict[str, Callable[[], bytes]] = {
+    "27 GiB in a header": lambda: zipped({"record.npy": SOUND, "variable0000.npy": npy(HUGE, bytes(4500))}),
+    "64 MiB compressed": lambda: zipped(
+        {"record.npy": SOUND, "x.npy": npy(SHAPE % 2**24, bytes(2**26))}, zipfile.ZIP_DEFLATED
+    ),
+    "the same 64 KiB a thousand times": lambda: repeated(
+        {"record.npy": SOUND, "x.npy": npy(SHAPE % 2**14, bytes(2**16))}
+    ),
+    "a size below zero": lambda: zipped({"record.npy": SOUND, "x.npy": npy(SHAPE % -1, bytes(4))}),
+    "objects": lambda: zipped({"record.npy": SOUND, "x.npy": objects()}),
+    "a header that nests": lambda: zipped({"record.npy": SOUND, "x.npy": npy("(" * 5000)}),
+    "another method": lambda: zipped({"record.npy": SOUND}).replace(b"\x14\0\0\0\0\0", b"\x14\0\0\0\x63\0"),
+    "encrypted": lambda: zipped({"record.npy": SOUND}).replace(b"\x14\0\0\0\0\0", b"\x14\0\x01\0\0\0"),
+    "a record that is no array": lambda: zipped({"record": RECORD.encode()}),
+    "a record that nests": lambda: zipped({"record.npy": record_of("[" * 100_000)}),
+    "a step below zero": lambda: zipped({"record.npy": record_of(RECORD.replace('"step": 1', '"step": -1'))}),
+    "a phase below zero": lambda: zipped({"record.npy": record_of(RECORD.replace('"phase": 0', '"phase": -1'))}),
+    "seconds without end": lambda: zipped({"record.npy": record_of(RECORD.replace("1.0", "Infinity"))}),
+    "one array": lambda: SOUND,
+}
+
+
+@pytest.mark.parametrize("kind", CRAFTED)
+def test_what_is_made_to_look_like_a_checkpoint_takes_no_memory_and_runs_nothing(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = open_store(str(tmp_path / "store"), "TRANSFER_CHECKPOINT_URI")
+    whole = zipped({"record.npy": SOUND, "variable0000.npy": npy(SHAPE % 2, bytes(8))})
+    for number, content in ((1, whole), (2, CRAFTED[kind]())):
+        store.put_bytes(f"{RESULT}-step-{number:09d}-{hashlib.sha256(content).hexdigest()[:16]}.ckpt", content)
+    tracemalloc.start()
+    try:
+        with caplog.at_level(logging.WARNING):
+            found = newest(store, tmp_path)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found is not None
+    assert found.arrays.keys() == {"variable0000"}
+    assert "it is no checkpoint" in caplog.text
+    assert most < 8 << 20
+    assert not Path("ran").exists()
 
 
 def test_training_goes_on_where_no_checkpoint_can_be_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
