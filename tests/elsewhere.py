@@ -28,7 +28,7 @@ from xml.etree import ElementTree
 
 from tests.support.running import ROOT
 
-# What computes, and what waits or looks at a clock: four minutes on one core.
+# What computes, and what waits or looks at a clock: three minutes on one core.
 SHORT = (
     "tests/data/test_duplicates.py",
     "tests/data/test_row_cache.py",
