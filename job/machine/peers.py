@@ -183,7 +183,7 @@ class Watch:
             if self._over.is_set() or stopping.asked_to_stop():
                 return
             if gone:
-                logger.error("%d workers have gone, so this one ends too: %s", len(gone), _named(gone))
+                logger.error("gone, so this worker ends too: %s", _named(gone))
                 self.lost = True
                 stopping.ask("a worker has gone", _SECONDS_TO_END)
                 return

@@ -59,7 +59,7 @@ class Replicas:
     ) -> None:
         """Take a strategy over the ``devices`` of every worker of ``cluster``; none for one device of one worker.
 
-        With a cluster there is a ``watch`` over the other workers, which has not begun.
+        With a cluster there is a ``watch`` over the other workers.
         """
         self._strategy = strategy
         self.workers = len(cluster.addresses) if cluster else 1
@@ -195,7 +195,16 @@ class Replicas:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Run the block with the other workers, and leave it with them; a loss ends all, and a stop of one stops all.
+        """Run the block with the other workers, and leave it when all do; to be called once, as the last."""
+        yield
+        if self._watch:
+            # the chief may publish for minutes: whoever left before would be missed
+            self._watch.end()
+            self.gather(b"")
+
+    @contextlib.contextmanager
+    def ending_alike(self) -> Iterator[None]:
+        """Run a block that the other workers run too, and end as they do where they are lost or one is asked to stop.
 
         Raises:
             UnavailableError: a worker has gone. TensorFlow finds it while it waits for it; where nothing is waited for,
@@ -205,33 +214,16 @@ class Replicas:
         if self._watch is None:
             yield
             return
-        self._watch.start()
-        threading.Thread(target=_heed_others, args=[self.worker], name="stop of others", daemon=True).start()
-        with self.ending_alike(), stopping.when_asked(self._tell):
-            try:
-                yield
-                # the chief may publish for minutes: whoever left before would be missed
-                self._watch.end()
-                self.gather(b"")
-            finally:
-                self._watch.end()
-
-    @contextlib.contextmanager
-    def ending_alike(self) -> Iterator[None]:
-        """Run a block that the other workers run too, and end as they do where they are lost or one is asked to stop.
-
-        Raises:
-            UnavailableError: a worker has gone.
-            Stopped: this worker or another was asked to stop.
-        """
-        if self._watch is None:
-            yield
-            return
         try:
-            yield
-        except _LOSSES as error:
+            with stopping.when_asked(self._tell):
+                yield
+        except (*_LOSSES, RuntimeError) as error:
+            # pybind11 makes one of its own of a stop that comes while TensorFlow's exception is made
+            if not isinstance(error, _LOSSES) and Stopped.__name__ not in str(error):
+                raise
             # who was asked to stop does not wait for the others
             if stopping.asked_to_stop() and not self._watch.lost:
+                self._tell()
                 stopping.stop()
             raise _lost(first_line(error)) from error
         except Stopped as stop:
@@ -282,6 +274,8 @@ def connect(cluster: Cluster | None, devices: Sequence[str]) -> Replicas:
         except Stopped:
             _tell_stop(cluster.index)
             raise
+        threading.Thread(target=_heed_others, args=[cluster.index], name="stop of others", daemon=True).start()
+        watch.start()
         replicas = Replicas(strategy, cluster, strategy.extended.worker_devices, watch)
         with replicas.ending_alike():
             stopping.heed_again()
