@@ -63,7 +63,7 @@ recipe-tails: install  ## measure fine-tuning rates on three data sets; about an
 	$(BIN)/python -m tests.measure.recipe tails
 
 .PHONY: bench
-bench: install  ## the job beside plain Keras on cats_vs_dogs from ../shared: tables for docs/measurements.md; two hours
+bench: install  ## the job beside plain Keras on cats_vs_dogs from ../shared: tables for docs/measurements.md; an hour
 	$(BIN)/python -m tests.measure.bench
 
 .PHONY: learning-curve

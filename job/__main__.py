@@ -52,7 +52,7 @@ def _work(*, plan_only: bool) -> int:
     chosen = environment.load()
     limits.require_memory()
     screen = console.start(chosen.runtime.log_format)
-    environment.quiet_tensorflow()
+    environment.prepare_tensorflow()
     with standard_error.held_back():
         from job.experiment import run
         from job.machine import runtime

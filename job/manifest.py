@@ -31,7 +31,7 @@ Seconds = Annotated[float, Field(ge=0)]
 
 
 # Fields that do not apply to every record of their kind: they are absent then, not null.
-_ABSENT = {"batch_norm", "energy_joules", "cost", "export_proof"}
+_ABSENT = {"batch_norm", "energy_joules", "cost", "export_proof", "code", "revision", "image"}
 
 
 class Record(BaseModel):
@@ -43,6 +43,15 @@ class Record(BaseModel):
     def _leave_out_what_does_not_apply(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
         return {name: value for name, value in fields.items() if name not in _ABSENT or value is not None}
+
+
+class Code(Record):
+    """The job's own code. digest: of its files. revision, image: of the build, where that or the platform says so."""
+
+    version: str
+    digest: Sha256
+    revision: str | None = None
+    image: str | None = None
 
 
 class Environment(Record):
@@ -328,12 +337,13 @@ class Artifact(Record):
 
 
 class Manifest(Record):
-    """A published run. ``verdict`` is its answer in one to three sentences."""
+    """A published run. ``verdict`` is its answer in one to three sentences. code: absent where an older job ran."""
 
     schema_version: Literal["1.0"]
     run_id: str
     created: AwareDatetime
     fingerprint: Sha256
+    code: Code | None = None
     settings: dict[str, Any]
     environment: Environment
     dataset: Dataset

@@ -5,11 +5,14 @@ Nothing is imported here that takes time: a signal can come while TensorFlow is 
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final, NoReturn
@@ -22,7 +25,8 @@ GRACE_SECONDS: Final = 25.0
 _MARGIN_SECONDS = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-_asked = threading.Event()
+# Not an Event: a second signal's handler would wait for the lock that the first one's holds while it sets it.
+_asked = False
 _deferrals = 0
 _hooks: list[Callable[[], None]] = []
 
@@ -56,17 +60,19 @@ def _take_signals() -> None:
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
-    _asked.set()
+    global _asked
+    _asked = True
     if not _deferrals:
         stop_if_asked()
 
 
 def _watch(reading: int) -> None:
+    global _asked
     _next_request(reading)
-    _asked.set()
+    _asked = True
     _end_after(GRACE_SECONDS - _MARGIN_SECONDS, "the grace period is over")
     for hook in tuple(_hooks):
-        threading.Thread(target=hook, name="before the end", daemon=True).start()
+        _thread.start_new_thread(hook, ())
     _next_request(reading)
     _end("asked a second time")
 
@@ -78,9 +84,12 @@ def ask(why: str, seconds: float) -> None:
 
 
 def _end_after(seconds: float, why: str) -> None:
-    end = threading.Timer(seconds, _end, [why])
-    end.daemon = True
-    end.start()
+    def wait() -> None:
+        time.sleep(seconds)
+        _end(why)
+
+    # not threading.Thread: it waits for a lock, which an exception from the handler may have left held
+    _thread.start_new_thread(wait, ())
 
 
 def _next_request(reading: int) -> None:
@@ -91,8 +100,10 @@ def _next_request(reading: int) -> None:
 
 def _end(why: str) -> None:
     # no lock is taken on this way, not even that of the log: whoever holds it may be what does not end
-    with contextlib.suppress(OSError):
-        os.write(2, f"{why}: ended without saving more\n".encode())
+    with contextlib.suppress(OSError, ValueError):
+        # nor is anything waited for: a full pipe that nobody reads takes nothing more
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, f"{why}: ended without saving more\n".encode())
     os._exit(Stopped.exit_code)
 
 
@@ -116,13 +127,13 @@ def stop_if_asked() -> None:
     The handler raises it too, wherever Python happens to be; but that can be a place that drops exceptions: a bare
     ``except:`` in Keras's layer calls, a destructor or a callback from native code. So every loop asks again.
     """
-    if _asked.is_set():
+    if _asked:
         stop()
 
 
 def asked_to_stop() -> bool:
     """Return whether a request has come."""
-    return _asked.is_set()
+    return _asked
 
 
 def stop() -> NoReturn:

@@ -29,9 +29,10 @@ RESULT = [
 ]
 NAMES = {
     "": [
-        *("schema_version", "run_id", "created", "fingerprint", "settings", "environment", "dataset", "backbone"),
-        *("results", "summaries", "verdict", "comparisons", "artifacts"),
+        *("schema_version", "run_id", "created", "fingerprint", "code", "settings", "environment", "dataset"),
+        *("backbone", "results", "summaries", "verdict", "comparisons", "artifacts"),
     ],
+    "code": ["version", "digest", "revision", "image"],
     "environment": [
         *("python", "tensorflow", "keras", "tensorflow_datasets", "job"),
         *("devices", "workers", "precision", "tf32", "xla", "deterministic"),
@@ -86,6 +87,7 @@ def complete() -> dict[str, Any]:
         "homepage": "https://example.com",
     }
     document["environment"]["tf32"] = True
+    document["code"] = {"version": "0.1.0", "digest": "d" * 64, "revision": "5a0f", "image": "job@sha256:" + "e" * 64}
     document["backbone"]["weights"]["licence"] = "MIT"
     (result,) = document["results"]
     for metrics in result["metrics"].values():
@@ -161,8 +163,9 @@ FIELDS = [at for at, _ in places(complete()) if at and isinstance(at[-1], str)]
 OBJECTS = [at for at, value in places(complete()) if isinstance(value, dict) and at != ("settings",)]
 FLOATS = [at for at, value in places(complete()) if isinstance(value, float)]
 OPTIONAL = [("results", 0, name) for name in ("batch_norm", "energy_joules", "cost")] + [("summaries", 0, "cost")]
+OPTIONAL += [("code", name) for name in ("revision", "image")]
 # What runs were published without before it was kept.
-LATER = [("environment", "tf32"), ("results", 0, "xla"), ("results", 0, "export_proof")]
+LATER = [("environment", "tf32"), ("results", 0, "xla"), ("results", 0, "export_proof"), ("code",)]
 # What the contract's list does not name; a reader finds it empty or null where it is missing.
 ADDED = {"duplicates", "licence", "citation", "homepage", "reliability", "most_wrong", "summaries", "verdict", "seeds"}
 

@@ -257,6 +257,50 @@ def test_a_second_signal_ends_a_deferral() -> None:
         assert process.wait(AT_ONCE) == 143
 
 
+def test_a_signal_that_interrupts_the_handler_of_another_ends_the_process() -> None:
+    """A handler that waits for what the handler that it interrupts holds would wait for ever."""
+    code = """
+def interrupt(frame, event, argument):
+    if event == "call" and frame.f_code is not stopping._stop.__code__:
+        while frame := frame.f_back:
+            if frame.f_code is stopping._stop.__code__:
+                os.kill(os.getpid(), signal.SIGINT)
+sys.setprofile(interrupt)
+with stopping.deferred():
+    say("ready")
+    while True:
+        time.sleep(0.01)
+"""
+    for _ in range(4):  # the thread that ends it may come first
+        with child(code) as process:
+            assert said(process) == "ready"
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            with suppress(ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(AT_ONCE) == 143
+
+
+def test_a_second_signal_ends_a_process_whose_standard_error_nobody_reads() -> None:
+    code = "os.set_blocking(2, False)\ntry:\n    while True:\n        os.write(2, bytes(512))\n"
+    code += "except BlockingIOError:\n    os.set_blocking(2, True)\n"
+    with child(code + IN_NATIVE_CODE) as process:
+        assert said(process) == "ready"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(AT_ONCE) == 143
+
+
+def test_a_second_signal_ends_a_process_that_can_start_no_thread_by_threading() -> None:
+    with child("import threading\nthreading._active_limbo_lock.acquire()\n" + IN_NATIVE_CODE) as process:
+        assert said(process) == "ready"
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(AT_ONCE) == 143
+
+
 @pytest.mark.parametrize("before", BEFORE)
 def test_native_code_that_outlasts_the_grace_period_is_ended(before: Sequence[str]) -> None:
     code = "stopping.GRACE_SECONDS = 2.0\nstopping.heed()\n" + IN_NATIVE_CODE

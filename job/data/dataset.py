@@ -9,7 +9,6 @@ import io
 import logging
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from job.data import solar_cells  # noqa: F401  (TFDS registers a builder when its module is imported)
+from job.data.access import DESCRIPTION, Place, storage_error
 from job.data.splits import SPLIT_VARIABLES, resolve_splits
 from job.errors import ConfigError, UnavailableError, first_line
 from job.settings.groups import DataSettings
@@ -39,13 +39,6 @@ _FOLDER_FAULTS = {
     errno.ENOTDIR,
     errno.EEXIST,
 }
-# What TensorFlow says of storage that a retry does not mend; everything else it raises while reading may pass.
-_LASTING = (
-    tf.errors.NotFoundError,
-    tf.errors.PermissionDeniedError,
-    tf.errors.UnauthenticatedError,
-    tf.errors.UnimplementedError,
-)
 
 
 @dataclass(frozen=True)
@@ -142,8 +135,14 @@ def _wrong(message: str) -> ConfigError:
 
 def _open_builder(settings: DataSettings, prepare: bool) -> Any:
     dataset = settings.dataset
-    is_path = "://" in dataset or dataset.startswith(("/", ".", "~")) or (Path(dataset) / "dataset_info.json").is_file()
-    with storage_errors(dataset if is_path else f"{dataset} in {settings.data_dir or 'the data folder of TFDS'}"):
+    is_path = "://" in dataset or dataset.startswith(("/", ".", "~")) or (Path(dataset) / DESCRIPTION).is_file()
+    if is_path:
+        place = Place(dataset, "TRANSFER_DATASET", is_prepared=True)
+    else:
+        name = dataset.split(":")[0].split("/")[0]
+        place = Place(f"{settings.data_dir or '.'}/{name}", "TRANSFER_DATA_DIR", is_prepared=False)
+    place.ask()
+    with place.errors(dataset if is_path else f"{dataset} in {settings.data_dir or 'the data folder of TFDS'}"):
         if is_path:
             return _builder_from_directory(dataset)
         builder = _builder_by_name(dataset, settings.data_dir)
@@ -164,18 +163,19 @@ def _open_builder(settings: DataSettings, prepare: bool) -> Any:
 
 def _builder_from_directory(folder: str) -> Any:
     place = str(Path(folder).expanduser()) if "://" not in folder else folder.rstrip("/")
-    if not tf.io.gfile.exists(f"{place}/dataset_info.json"):
-        inside = [found for depth in ("*", "*/*") for found in tf.io.gfile.glob(f"{place}/{depth}/dataset_info.json")]
-        hint = f"; below it there is {str(inside[0]).removesuffix('/dataset_info.json')}" if inside else ""
+    if not tf.io.gfile.exists(f"{place}/{DESCRIPTION}"):
+        inside = [found for depth in ("*", "*/*") for found in tf.io.gfile.glob(f"{place}/{depth}/{DESCRIPTION}")]
+        hint = f"; below it there is {str(inside[0]).removesuffix(f'/{DESCRIPTION}')}" if inside else ""
         raise _wrong(
             f"{folder!r} is no prepared TFDS data set: it has no dataset_info.json{hint}. "
             "Give the folder that holds dataset_info.json, features.json and the record files",
         )
     try:
         return tfds.builder_from_directory(place)
-    except tf.errors.OpError:
-        raise
-    except Exception as error:  # whatever TFDS trips over in metadata that the user pointed at is theirs to mend
+    except Exception as error:
+        if storage_error(error):
+            raise
+        # Whatever TFDS trips over in metadata that the user pointed at is theirs to mend.
         raise _wrong(f"the metadata of {folder!r} cannot be read by TFDS: {first_line(error)}") from error
 
 
@@ -257,14 +257,3 @@ def _find_features(builder: Any) -> tuple[str, str]:
             f"{len(images)} photos and {len(labels)} class labels among its features {listed}",
         )
     return images[0], labels[0]
-
-
-@contextlib.contextmanager
-def storage_errors(place: str) -> Iterator[None]:
-    """Turn what TensorFlow's file systems raise into errors that say whether a retry can help."""
-    try:
-        yield
-    except _LASTING as error:
-        raise _wrong(f"{place} cannot be read: {first_line(error)}") from error
-    except tf.errors.OpError as error:
-        raise UnavailableError(f"{place} could not be read to its end: {first_line(error)}") from error

@@ -16,7 +16,8 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from job.data.dataset import Source, storage_errors
+from job.data.access import Place
+from job.data.dataset import Source
 from job.data.decoding import decode_rows
 from job.data.rows import Placement, Rows
 from job.data.splits import SPLIT_VARIABLES
@@ -172,7 +173,8 @@ def _examples(source: Source, part: str, share: Any) -> Iterator[tuple[str, int,
     expression = source.splits[part].expression
     options = tf.data.Options()
     options.deterministic = True
-    with storage_errors(f"{expression!r} of {source.builder.data_dir}"):
+    folder = str(source.builder.data_dir)
+    with Place(folder, "TRANSFER_DATASET", is_prepared=True).errors(f"{expression!r} of {folder}"):
         dataset = source.builder.as_dataset(
             split=share,
             shuffle_files=False,

@@ -17,11 +17,12 @@ from job import manifest
 from job.data import dataset
 from job.data.duplicates import Found
 from job.data.rows import Rows
+from job.experiment import source_code
 from job.experiment.plan import Plan
 from job.manifest import SCHEMA
 from job.results import event_files, model_card, report
 from job.results.comparisons import comparisons, summaries, verdict
-from job.storage.commit import Finished
+from job.storage.finished import Finished
 from job.training.live_tensorboard import hparams
 
 REPORT = "report.html"
@@ -44,6 +45,12 @@ def record(
         run_id=plan.run_id,
         created=datetime.now(UTC),
         fingerprint=plan.fingerprint,
+        code=manifest.Code(
+            version=job.__version__,
+            digest=source_code.digest(),
+            revision=plan.settings.platform.job_revision,
+            image=plan.settings.platform.image,
+        ),
         settings=plan.settings.resolved() | {"run_id": plan.run_id},
         environment=manifest.Environment(
             python=platform.python_version(),

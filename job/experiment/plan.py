@@ -11,14 +11,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-import job
 from job.arms import Part
 from job.backbone_table import BACKBONES
 from job.data import row_cache
 from job.data.dataset import Source, open_source
 from job.data.splits import SPLIT_VARIABLES
 from job.errors import ConfigError, Problem
-from job.experiment import disk, memory
+from job.experiment import disk, memory, source_code
 from job.experiment.gpu_memory import GpuMemory, gpu_memory
 from job.experiment.network import Network, load_backbone, outline
 from job.experiment.places import Places, open_places
@@ -86,7 +85,7 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
     identity = {
         "data": source.identity,
         "weights": weights.sha256 if weights else None,
-        "versions": {"job": job.__version__, "tensorflow": tf.__version__, "keras": keras.__version__},
+        "versions": {"job": source_code.digest(), "tensorflow": tf.__version__, "keras": keras.__version__},
     }
     mark = fingerprint({**_arithmetic(machine), "settings": settings.deciding(), **identity})
     machine.replicas.agree("TF_CONFIG", "the fingerprint of settings, data, weights and versions", mark[:12])

@@ -8,7 +8,7 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from job import manifest
@@ -26,8 +26,9 @@ from job.manifest import MANIFEST
 from job.results import comparisons
 from job.settings.environment import Settings
 from job.stopping import stop_if_asked
-from job.storage import commit
-from job.storage.commit import Finished
+from job.storage import commit, delivery
+from job.storage.finished import Finished, Pending
+from job.storage.store import Store
 from job.training.checkpoints import Checkpoints
 from job.training.live_tensorboard import Board
 
@@ -46,13 +47,15 @@ def run(settings: Settings, machine: Runtime, console: Console) -> str:
         plan = make_plan(settings, machine, folder)
         uri = f"{plan.places.run.uri}/{MANIFEST}"
         logger.info("run %s", plan.run_id, extra={"run_id": plan.run_id, "fingerprint": plan.fingerprint})
-        published = _is_published(plan, uri) if replicas.is_chief else False
-        if replicas.from_chief(b"published" if published else b""):
+        if _is_published(plan, uri, commit.completed):
             return uri
         start = time.perf_counter()
         pixels = _decode(plan, folder, console)
         found = _duplicates(pixels, replicas)
         data_seconds = time.perf_counter() - start
+        # only now: what is refused until here has begun nothing, and the same id may be tried with other settings
+        if _is_published(plan, uri, commit.begin):
+            return uri
         if replicas.is_chief:
             saving = Checkpoints(plan.places.checkpoints, plan.fingerprint, settings.output.checkpoint_seconds, folder)
             board = Board(plan.places.tensorboard, settings.resolved(), folder)
@@ -65,15 +68,23 @@ def run(settings: Settings, machine: Runtime, console: Console) -> str:
         return uri
 
 
-def _is_published(plan: Plan, uri: str) -> bool:
-    """Return whether the run is published, after an interrupted commit was completed."""
-    if commit.finish(plan.places.run, plan.fingerprint, plan.places.model):
-        logger.info("an interrupted commit was completed")
-    if not commit.existing(plan.places.run, plan.fingerprint):
-        return False
-    _tidy(plan)
-    logger.info("already published and verified: %s", uri)
-    return True
+def _is_published(plan: Plan, uri: str, look: Callable[[Store, str], bool]) -> bool:
+    """Return whether the run is published, as the chief sees it: by ``look``, given its store and fingerprint."""
+    replicas, published = plan.runtime.replicas, False
+    if replicas.is_chief:
+        published = look(plan.places.run, plan.fingerprint)
+        if published:
+            _tidy(plan)
+            _deliver(plan)
+            logger.info("already published and verified: %s", uri)
+    return bool(replicas.from_chief(b"published" if published else b""))
+
+
+def _deliver(plan: Plan) -> None:
+    """Put the published model where the platform wants it: whoever ends with 0 leaves it there."""
+    published = commit.read_manifest(plan.places.run)
+    if plan.places.model is not None and published is not None:
+        delivery.deliver(plan.places.run, published, plan.places.model)
 
 
 def _publish(
@@ -88,16 +99,17 @@ def _publish(
     logger.info("writing the report")
     artifacts.write(record, pixels["test"], folder / "publication")
     stop_if_asked()
-    place, written = commit.Pending(plan.places.run, plan.fingerprint).add_files(folder / "publication")
+    place, written = Pending(plan.places.run, plan.fingerprint).add_files(folder / "publication")
     places = [(each.place, each.artifacts) for each in finished] + [(place, tuple(written))]
     everything = (each for _, some in places for each in some)
     record = record.model_copy(update={"artifacts": tuple(sorted(everything, key=lambda artifact: artifact.path))})
     stop_if_asked()
     logger.info("committing")
-    if commit.commit(plan.places.run, record, places, plan.places.model) is commit.Outcome.ALREADY_PUBLISHED:
+    if commit.commit(plan.places.run, record, places) is commit.Outcome.ALREADY_PUBLISHED:
         logger.info("another run published the same meanwhile: %s", uri)
         record = commit.read_manifest(plan.places.run) or record
     _tidy(plan)
+    _deliver(plan)
     _summary(record, console)
     logger.info("report: %s/%s", plan.places.run.uri, artifacts.REPORT)
     logger.info("published %s", uri, extra={"manifest": uri})
@@ -149,7 +161,7 @@ def _duplicates(pixels: dict[str, Rows], replicas: Replicas) -> duplicates.Found
 
 def _results(plan: Plan, experiment: Experiment, saving: Checkpoints) -> list[Finished]:
     training, replicas = plan.settings.training, plan.runtime.replicas
-    pending = commit.Pending(plan.places.run, plan.fingerprint)
+    pending = Pending(plan.places.run, plan.fingerprint)
     found: list[Finished] = []
     for arm, fraction, seed in _wanted(plan):
         stop_if_asked()

@@ -81,15 +81,16 @@ class _Holder:
 
     def end(self, *, release: bool) -> None:
         """Give descriptor 2 back; drop what is held if ``release``, else wait until it is written."""
-        if self._tells_faults:
-            faulthandler.disable()
-        _flush()
-        os.dup2(self._standard_error, 2)
-        if release:
-            with suppress(OSError):  # somebody has killed it
-                self._line.send(standard_error_holder.RELEASE)
-        self._opened.close()
-        self._process.wait()
+        with stopping.deferred():
+            if self._tells_faults:
+                faulthandler.disable()
+            _flush()
+            os.dup2(self._standard_error, 2)
+            if release:
+                with suppress(OSError):  # somebody has killed it
+                    self._line.send(standard_error_holder.RELEASE)
+            self._opened.close()
+            self._process.wait()
 
 
 def _started(reading: int, line: int, seconds: float) -> subprocess.Popen[bytes]:

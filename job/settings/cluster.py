@@ -124,3 +124,15 @@ def _index(task: Any, jobs: dict[str, list[Any]]) -> int:
 def _host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def image_of(cluster_spec: str) -> str | None:
+    """Return the image that Vertex AI's CLUSTER_SPEC names, None where it names none.
+
+    Source of the format: Vertex AI, "Distributed training", "Format of CLUSTER_SPEC".
+    """
+    try:
+        name = json.loads(cluster_spec)["job"]["workerPoolSpecs"][0]["containerSpec"]["imageUri"]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return None
+    return name if isinstance(name, str) else None

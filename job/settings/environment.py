@@ -102,9 +102,29 @@ def fingerprint(facts: Mapping[str, object]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def quiet_tensorflow(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Hide TensorFlow's start-up notices, which drown the job's own log lines; call before it is imported."""
-    environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# TensorFlow's gs:// client reads its own when it is loaded. Without them it tries refused connections for 200 s, and a
+# silent server for a quarter of an hour; with them for 36 s and 102 s at most: lost storage is known in two minutes.
+_TENSORFLOW = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "GCS_REQUEST_CONNECTION_TIMEOUT_SECS": "10",
+    "GCS_REQUEST_IDLE_TIMEOUT_SECS": "10",
+    "GCS_RETRY_CONFIG_MAX_DELAY_TIME_US": "16000000",
+    "GCS_RETRY_CONFIG_MAX_RETRIES": "5",
+}
+
+
+def prepare_tensorflow(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Hide TensorFlow's start-up notices, which drown the job's own log lines, and bound its waits for gs://.
+
+    Call before it is imported. What is set already stays.
+    """
+    for name, value in _TENSORFLOW.items():
+        environ.setdefault(name, value)
+
+
+def skip_metadata_server(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Keep TensorFlow from asking a metadata server, which may be silent, for what is known not to be there."""
+    environ.setdefault("NO_GCE_CHECK", "true")
 
 
 # --- the table of variables --------------------------------------------------------------------------------------

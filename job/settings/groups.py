@@ -9,7 +9,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from job.backbone_table import BACKBONES
 from job.settings import types
-from job.settings.cluster import Cluster, parse
+from job.settings.cluster import Cluster, image_of, parse
 from job.settings.types import ASIDE, DESIGN, Accepts, Declared, Role, ShownDefault
 
 PREFIX = "TRANSFER_"
@@ -220,6 +220,19 @@ class PlatformSettings(Group):
         validation_alias="NVIDIA_TF32_OVERRIDE",
         description="0: GPUs multiply float32 with all its bits instead of TF32's 10",
     )
+    job_revision: str | None = Field(
+        None,
+        validation_alias="JOB_REVISION",
+        description="the revision that an image was built from: the image sets it, the manifest says it",
+    )
+    job_image: str | None = Field(
+        None,
+        validation_alias="JOB_IMAGE",
+        description="the image that runs, with its digest, for the manifest; Vertex AI's CLUSTER_SPEC names it too",
+    )
+    cluster_spec: str | None = Field(
+        None, validation_alias="CLUSTER_SPEC", description="Vertex AI: the job's own specification, as JSON"
+    )
     storage_emulator_host: str | None = Field(
         None, validation_alias="STORAGE_EMULATOR_HOST", description="address of a storage server to use for gs://"
     )
@@ -232,3 +245,8 @@ class PlatformSettings(Group):
     def cluster(self) -> Cluster | None:
         """Return the workers that train together; None where this process trains alone."""
         return parse(self.tf_config) if self.tf_config else None
+
+    @property
+    def image(self) -> str | None:
+        """Return the name of the image that runs, None where nobody says it."""
+        return self.job_image or image_of(self.cluster_spec or "")

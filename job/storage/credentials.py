@@ -30,7 +30,13 @@ WAIT_SECONDS: Final = 30.0
 _PACE_SECONDS = 1.0
 _LOOK_SECONDS = 0.5
 _ABSENT = re.compile(r"File '?(.+?)'? was not found")
+_NONE = re.compile("Your default credentials were not found")
 _METADATA_SERVER = "the machine's metadata server"
+_TOKEN_SERVICE = "the service that gives tokens"  # noqa: S105  (its name)
+
+
+class NoCredentialsError(ConfigError):
+    """There are none, and nobody named any."""
 
 
 def find(scopes: Sequence[str], limit: float = WAIT_SECONDS) -> google.auth.credentials.Credentials:
@@ -44,7 +50,8 @@ def find(scopes: Sequence[str], limit: float = WAIT_SECONDS) -> google.auth.cred
         limit: seconds to wait.
 
     Raises:
-        ConfigError: there are none, or they are not accepted.
+        NoCredentialsError: there are none.
+        ConfigError: they are not accepted, or what GOOGLE_APPLICATION_CREDENTIALS names is not there.
         UnavailableError: the service that gives tokens for them is out of reach.
         Stopped: the process was asked to stop.
     """
@@ -58,7 +65,7 @@ def find(scopes: Sequence[str], limit: float = WAIT_SECONDS) -> google.auth.cred
             stop_if_asked()
         if attempt.credentials is not None:
             return attempt.credentials
-        error = attempt.error or _NotYetError(_METADATA_SERVER)
+        error = attempt.error or attempt.awaited
         if not isinstance(error, _NotYetError):
             raise refused(error) from error
         if time.monotonic() + _PACE_SECONDS >= deadline:
@@ -72,8 +79,8 @@ def find(scopes: Sequence[str], limit: float = WAIT_SECONDS) -> google.auth.cred
 def refused(error: BaseException) -> ConfigError:
     """Return the error for credentials that are missing, malformed or not accepted."""
     # Only google.auth's own texts are fit for logs: an error of another kind may quote the file.
-    first = error.args[0] if isinstance(error, GoogleAuthError) and error.args else type(error).__name__
-    return _no_credentials(str(first))
+    first = str(error.args[0]) if isinstance(error, GoogleAuthError) and error.args else type(error).__name__
+    return _no_credentials(first, NoCredentialsError if _NONE.match(first) else ConfigError)
 
 
 def transient(error: BaseException) -> bool:
@@ -83,9 +90,9 @@ def transient(error: BaseException) -> bool:
     )
 
 
-def _no_credentials(reason: str) -> ConfigError:
+def _no_credentials(reason: str, kind: type[ConfigError]) -> ConfigError:
     advice = "set it to the path of a service account's key file, or run under an account of the cloud"
-    return ConfigError.of(VARIABLE, f"no usable Google credentials ({reason}); {advice}")
+    return kind.of(VARIABLE, f"no usable Google credentials ({reason}); {advice}")
 
 
 class _NotYetError(Exception):
@@ -102,7 +109,8 @@ class _NotYetError(Exception):
         """Return the error to end with when the wait is over."""
         if self.found:
             return UnavailableError(f"no answer from {self.awaited} within {limit:g} s; try again later")
-        return _no_credentials(f"waited {limit:g} s for {self.awaited}")
+        named = self.awaited != _METADATA_SERVER
+        return _no_credentials(f"waited {limit:g} s for {self.awaited}", ConfigError if named else NoCredentialsError)
 
 
 class _Request(google.auth.transport.requests.Request):
@@ -134,7 +142,7 @@ def _is_refusal(error: BaseException | None) -> bool:
 
 
 class _Attempt(threading.Thread):
-    """One look for credentials.
+    """One look for credentials. ``awaited``: what keeps it, as long as it lasts.
 
     google.auth waits and tries again by itself, half a minute in all where a metadata server refuses connections. It is
     let to, as it knows best, but in a thread that nobody has to wait for.
@@ -143,6 +151,7 @@ class _Attempt(threading.Thread):
     def __init__(self, scopes: Sequence[str]) -> None:
         super().__init__(name="credentials", daemon=True)
         self._scopes = scopes
+        self.awaited = _NotYetError(_METADATA_SERVER)
         self.credentials: google.auth.credentials.Credentials | None = None
         self.error: Exception | None = None
 
@@ -156,6 +165,8 @@ class _Attempt(threading.Thread):
         credentials, request = None, _Request()
         try:
             credentials, _ = google.auth.default(scopes=self._scopes, request=request)
+            by_metadata = isinstance(credentials, compute_engine.Credentials)
+            self.awaited = _NotYetError(_METADATA_SERVER if by_metadata else _TOKEN_SERVICE, found=True)
             credentials.refresh(request)  # type: ignore[no-untyped-call]
             _ = credentials.universe_domain  # the storage client wants it too: one more question to a metadata server
         except GoogleAuthError as error:
@@ -167,5 +178,5 @@ class _Attempt(threading.Thread):
                 raise
             if isinstance(credentials, compute_engine.Credentials):
                 raise _NotYetError(_METADATA_SERVER) from error
-            raise _NotYetError("the service that gives tokens", found=True) from error
+            raise self.awaited from error
         return credentials

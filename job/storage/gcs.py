@@ -42,6 +42,8 @@ RETRY_SECONDS = 120.0
 _REQUEST_SECONDS = 30.0
 # A chunk that is interrupted is sent again as a whole.
 _CHUNK = 16 << 20
+# So often an upload begins anew whatever time it took: a large one may lose its session when the limit has long passed.
+_NEW_SESSIONS = 2
 _GOOGLE = "https://storage.googleapis.com"
 
 
@@ -87,10 +89,20 @@ class GcsStore(Store):
         how = {"content_type": content_type, "checksum": "crc32c", **self._options}
         size, _, crc32c = measured
 
-        def attempt() -> None:
+        def sent(new_sessions: int = _NEW_SESSIONS) -> storage.Blob:
             blob = self._blob(name)
             blob.chunk_size = _CHUNK
-            send(blob, how)
+            try:
+                send(blob, how)
+            except api.GoogleAPICallError as error:
+                if not new_sessions or not _is_lost_session(error):
+                    raise
+                _give_way(error)
+                return sent(new_sessions - 1)
+            return blob
+
+        def attempt() -> None:
+            blob = sent()
             if blob.size != size or blob.crc32c not in (crc32c, None):
                 # Google refuses what does not have the announced checksum; others need to be asked for their own
                 with suppress(api.NotFound, api.PreconditionFailed):
@@ -138,9 +150,12 @@ class GcsStore(Store):
         names = [blob.name.removeprefix(self._start) for blob in objects]
         return {name: Stored(name, blob.size, blob.crc32c) for name, blob in zip(names, objects, strict=True)}
 
-    def _blobs(self) -> builtins.list[storage.Blob]:
+    def is_empty(self) -> bool:
+        return not self._blobs(1)  # of a bucket there may be millions
+
+    def _blobs(self, most: int | None = None) -> builtins.list[storage.Blob]:
         with self._errors("list", ""):
-            return list(self._client.list_blobs(self._bucket, prefix=self._start, **self._options))
+            return list(self._client.list_blobs(self._bucket, prefix=self._start, max_results=most, **self._options))
 
     def delete(self, name: str) -> None:
         with self._errors("delete", name), suppress(api.NotFound):
@@ -198,9 +213,10 @@ class GcsStore(Store):
             message = f"could not {action} {where}: there is no bucket {self._bucket}; make it, or name another"
             raise ConfigError.of(self.variable, message) from None
         except (api.Unauthorized, api.Forbidden) as error:
+            role = f"Storage Object {'Viewer' if action in ('read', 'list') else 'User'}"
             message = (
                 f"no permission to {action} {where} (HTTP {error.code}); give the job's account the role "
-                f"Storage Object User on bucket {self._bucket}, or set {credentials.VARIABLE} to an account that has it"
+                f"{role} on bucket {self._bucket}, or set {credentials.VARIABLE} to an account that has it"
             )
             raise ConfigError.of(self.variable, message) from None
         except api.ClientError as error:
@@ -234,7 +250,15 @@ def _worth_a_retry(error: Exception) -> bool:
 def _worth_a_new_start(error: Exception) -> bool:
     # Google's answer to an upload that arrived with another checksum than announced is 400 and names the checksum.
     refused = isinstance(error, api.BadRequest) and "crc32c" in str(error).lower()
-    return refused or isinstance(error, json.JSONDecodeError | DataCorruption)
+    return refused or _is_lost_session(error) or isinstance(error, json.JSONDecodeError | DataCorruption)
+
+
+def _is_lost_session(error: Exception) -> bool:
+    """Return whether an upload session has ended before its object was whole: another one has to begin."""
+    if not isinstance(error, api.GoogleAPICallError) or error.code not in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE):
+        return False
+    # The client sends by PUT to sessions only. To its other requests 404 means that there is no bucket, or object.
+    return getattr(getattr(error.response, "request", None), "method", None) == "PUT"
 
 
 def _give_way(error: Exception) -> None:

@@ -122,6 +122,10 @@ class Store(ABC):
     def list(self) -> dict[str, Stored]:
         """Return all objects by name, those in folders below included."""
 
+    def is_empty(self) -> bool:
+        """Return whether there is no object here, nor in folders below."""
+        return not self.list()
+
     @abstractmethod
     def delete(self, name: str) -> None:
         """Delete an object; nothing happens when it is not there."""

@@ -66,16 +66,16 @@ def test_a_run_killed_at_random_moments_publishes_what_an_undisturbed_one_does(
 
 
 @pytest.mark.slow
-def test_forty_kills_over_all_stages_and_arms_change_nothing(undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_a_hundred_kills_over_all_stages_and_arms_change_nothing(undisturbed: Undisturbed, tmp_path: Path) -> None:
     random = seeded()
-    more = undisturbed.environment | {"TRANSFER_TRAIN_FRACTIONS": "0.5,1.0"}
+    more = undisturbed.environment | {"TRANSFER_TRAIN_FRACTIONS": "0.25,0.5,0.75,1.0"}
     completed(more | {"TRANSFER_OUTPUT_URI": str(tmp_path / "undisturbed")})
     output, cache, checkpoints = tmp_path / "output", tmp_path / "cache", tmp_path / "checkpoints"
-    order = moments([f"{arm} {fraction}" for arm in ARMS for fraction in ("0.5", "1")])
+    order = moments([f"{arm} {fraction}" for arm in ARMS for fraction in ("0.25", "0.5", "0.75", "1")])
     later = [moment for moment in order if moment.result or moment.stage == "committing"]
     environment = more | places(tmp_path) | {"TRANSFER_CHECKPOINT_URI": str(checkpoints)}
-    kills, _ = kill_until_it_ends(environment, sprinkled(later, EARLY * 3, random), order, random)
-    assert len(kills) >= 40
+    kills, _ = kill_until_it_ends(environment, sprinkled(later, EARLY * 14, random), order, random)
+    assert len(kills) >= 100
     hit = {(kill.at.stage, kill.at.result.partition(" ")[0]) for kill in kills}
     assert hit >= {(moment.stage, "") for moment in [*EARLY, Moment("committing")]}
     assert hit >= {("features", "frozen")}

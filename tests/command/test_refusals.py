@@ -60,6 +60,8 @@ BY_SETTINGS: list[tuple[Change, str]] = [
 BY_LOOKING: list[tuple[Change, str]] = [
     ({"TRANSFER_DATASET": "cats_vs_dog"}, "TRANSFER_DATASET"),
     ({"TRANSFER_DATASET": "{tmp}/nothing"}, "TRANSFER_DATASET"),
+    ({"TRANSFER_DATASET": "gs://no-such-bucket/pets/1.0.0"}, "TRANSFER_DATASET"),
+    ({"TRANSFER_DATASET": "cats_vs_dogs", "TRANSFER_DATA_DIR": "gs://no-such-bucket/tfds"}, "TRANSFER_DATA_DIR"),
     ({"TRANSFER_TRAIN_SPLIT": "train[:70%]"}, "TRANSFER_TRAIN_SPLIT"),
     ({"TRANSFER_TEST_SPLIT": "train[70%:]"}, "TRANSFER_TEST_SPLIT"),
     ({"TRANSFER_TEST_SPLIT": "test"}, "TRANSFER_TEST_SPLIT"),

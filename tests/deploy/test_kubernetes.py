@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import ipaddress
 import itertools
 import json
 import logging
@@ -13,10 +14,11 @@ import shlex
 import shutil
 import subprocess
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import kubernetes_validate
 import pytest
@@ -28,19 +30,26 @@ from job.settings.environment import load
 from job.stopping import GRACE_SECONDS
 from tests.deploy.test_env_files import kustomized, secrets_in
 from tests.support.running import ROOT
+from tests.support.servers import Handler, serving
 
 FOLDER = ROOT / "deploy" / "kubernetes"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 OVERLAYS = sorted(path.parent.name for path in (FOLDER / "overlays").glob("*/kustomization.yaml"))
-# Components in the order in which the README says that they go together.
+# Components that go together; the one order that matters is held by a test of its own.
 TOGETHER = ("gke-spot+multi-gpu", "gke-spot+multi-gpu+multi-worker+queued", "cpu+queued")
 ALL = ("base", *OVERLAYS, *TOGETHER)
 # The oldest that the README names, and the newest whose schemas the package carries.
 VERSIONS = ("1.29", kubernetes_validate.latest_version())
 IMAGE = "transfer-learning-job"
+DIGEST = "sha256:" + "0123456789abcdef" * 4
+# What a submission is called by the README's command, as the shell fills it in.
+RUN = "transfer-learning-20260102-030405"
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
 # What a killed process leaves, and what the kernel does to one that takes too much memory.
 UNFORESEEN, KILLED = 1, 137
+
+# How the job learns how much disk its pod may fill, in bytes.
+STORAGE_LIMIT = "EPHEMERAL_STORAGE_LIMIT"
 
 Object = dict[str, Any]
 Problems = Iterator[str]
@@ -93,6 +102,10 @@ class Rendered:
         for each in self.container["env"]:
             if (origin := each.get("valueFrom")) is None:
                 value = re.sub(r"\$\((\w+)\)", lambda found: known.get(found[1], found[0]), each["value"])
+            elif "resourceFieldRef" in origin:
+                assert origin["resourceFieldRef"]["divisor"] == "1"
+                kind, name = origin["resourceFieldRef"]["resource"].split(".", 1)
+                value = str(int(amount(self.container["resources"][kind][name])))
             else:
                 annotation = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
                 assert origin == {"fieldRef": {"fieldPath": annotation}}
@@ -105,11 +118,26 @@ class Rendered:
         return int(self.job.get("completions", 1))
 
 
-def build(folder: Path) -> Rendered:
-    """Return what ``kubectl apply --kustomize`` would submit; without a flag, as the README says."""
+def need_kubectl() -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("no manifest can be built: install kubectl 1.29 or later")
-    return Rendered(kustomized(folder))
+
+
+def build(folder: Path, run: str = RUN) -> Rendered:
+    """Return what is in the cluster once the README's commands have applied the namespace and submitted a folder."""
+    need_kubectl()
+    deploy = next(parent for parent in (folder, FOLDER) for parent in parent.parents if parent.name == "deploy")
+    return Rendered(copy.deepcopy(shared(deploy)) + submitted(kustomized(folder), run))
+
+
+@functools.cache
+def shared(deploy: Path) -> list[Object]:
+    return kustomized(deploy / "kubernetes" / "namespace")
+
+
+def submitted(objects: list[Object], run: str = RUN) -> list[Object]:
+    """Return objects after the README's sed."""
+    return list(yaml.safe_load_all(yaml.safe_dump_all(objects).replace("${RUN}", run)))
 
 
 @functools.cache
@@ -122,13 +150,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder to build for each name in ALL."""
     found = {"base": FOLDER / "base"} | {name: FOLDER / "overlays" / name for name in OVERLAYS}
     for name in TOGETHER:
-        folder = tmp_path_factory.mktemp(name)
-        near = os.path.relpath(FOLDER, folder)
-        components = [f"{near}/components/{component}" for component in name.split("+")]
-        text = yaml.safe_dump({"kind": "Kustomization", "resources": [f"{near}/base"], "components": components})
-        (folder / "kustomization.yaml").write_text(text)
-        found[name] = folder
+        found[name] = combined(tmp_path_factory.mktemp(name), name.split("+"))
     return found
+
+
+def combined(folder: Path, components: Sequence[str]) -> Path:
+    """Make an overlay of components, in this order, and return its folder."""
+    near = os.path.relpath(FOLDER, folder)
+    places = [f"{near}/components/{component}" for component in components]
+    text = yaml.safe_dump({"kind": "Kustomization", "resources": [f"{near}/base"], "components": places})
+    (folder / "kustomization.yaml").write_text(text)
+    return folder
 
 
 # --- checks ------------------------------------------------------------------------------------------------------
@@ -262,10 +294,13 @@ def resources(rendered: Rendered) -> Problems:
     if not all("sizeLimit" in folder for folder in folders):
         yield "an emptyDir has no sizeLimit"
         return
-    on_disk = sum(amount(folder["sizeLimit"]) for folder in folders if folder.get("medium") != "Memory")
+    environment = rendered.environment()
+    for folder in folders:
+        if folder.get("medium") != "Memory" and f"{amount(folder['sizeLimit']):.0f}" != environment.get(STORAGE_LIMIT):
+            yield "a volume's limit is another than the one that the job is told"
+    if environment.get(STORAGE_LIMIT) != f"{amount(limits['ephemeral-storage']):.0f}":
+        yield "the job is told another limit than the pod has, or none"
     in_memory = sum(amount(folder["sizeLimit"]) for folder in folders if folder.get("medium") == "Memory")
-    if on_disk >= amount(limits["ephemeral-storage"]):
-        yield "volumes may hold more than the pod's ephemeral storage, or leave nothing for the log"
     if in_memory > amount(limits["memory"]) / 2:
         yield "volumes in memory leave less than half of it"
 
@@ -293,8 +328,14 @@ def volumes(rendered: Rendered) -> Problems:
 
 def image(rendered: Rendered) -> Problems:
     on_gpu = "nvidia.com/gpu" in rendered.container["resources"]["limits"]
-    if rendered.container["image"] != (wanted := f"{IMAGE}:{VERSION}{'' if on_gpu else '-cpu'}"):
+    # No registry gives a digest to an image that was loaded into the nodes.
+    wanted = rf".+/{IMAGE}@sha256:(DIGEST|[0-9a-f]{{64}})" if on_gpu else re.escape(f"{IMAGE}:{VERSION}-cpu")
+    if not re.fullmatch(wanted, rendered.container["image"]):
         yield f"the image is {rendered.container['image']} instead of {wanted}"
+    if rendered.container.get("imagePullPolicy") != "IfNotPresent":
+        yield "an image that is there is pulled again, or by the tag's rule"
+    if rendered.environment().get("JOB_IMAGE") != (rendered.container["image"] if on_gpu else None):
+        yield "the manifest would name another image than the one that runs"
     # The image has CUDA from Python packages, and where GKE mounts the driver is not on its loader's path.
     if on_gpu != (rendered.environment().get("LD_LIBRARY_PATH") == "/usr/local/nvidia/lib64"):
         yield "the GPU's driver is not found on GKE"
@@ -359,8 +400,8 @@ def security(rendered: Rendered) -> Problems:
     yield from restricted(rendered.pod)
     if rendered.container["securityContext"].get("readOnlyRootFilesystem") is not True:
         yield "the root can be written"
-    if rendered.pod["securityContext"].get("runAsUser") != 10001:
-        yield "not the image's user"
+    if any(rendered.pod["securityContext"].get(name) != 10001 for name in ("runAsUser", "runAsGroup", "fsGroup")):
+        yield "not the image's user and group"
     if rendered.pod.get("enableServiceLinks") is not False:
         yield "a Service can inject TRANSFER_ variables"
     (account,) = rendered.of("ServiceAccount")
@@ -368,19 +409,93 @@ def security(rendered: Rendered) -> Problems:
         yield "the pod gets a token of the cluster"
 
 
+def selected(policy: Object, labels: dict[str, str]) -> bool:
+    return bool(policy["spec"]["podSelector"].get("matchLabels", {}).items() <= labels.items())
+
+
 def selectors(rendered: Rendered) -> Problems:
-    labels = rendered.job["template"]["metadata"]["labels"].items()
+    """Who may connect to the job: nobody, or a worker of the same run."""
+    labels = rendered.job["template"]["metadata"]["labels"]
     policies = rendered.of("NetworkPolicy")
-    if not any(policy["spec"]["podSelector"] == {} and not policy["spec"].get("ingress") for policy in policies):
-        yield "nothing denies ingress"
+    if not any(each["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} for each in policies):
+        yield "not everything is denied that no policy allows"
     for policy in policies:
-        sources = [peer for rule in policy["spec"].get("ingress", []) for peer in rule["from"]]
-        for selector in [policy["spec"]["podSelector"], *(peer["podSelector"] for peer in sources)]:
-            if not selector.get("matchLabels", {}).items() <= labels:
-                yield f"{policy['metadata']['name']} selects no pod of ours"
+        if not selected(policy, labels):
+            yield f"{policy['metadata']['name']} selects no pod of ours"
+    run = {"app.kubernetes.io/instance": rendered.workload["metadata"]["name"]}
+    if not run.items() <= labels.items() or not run.items() <= rendered.workload["metadata"]["labels"].items():
+        yield "the run's pods cannot be told from another run's"
     allowed = [rule for policy in policies for rule in policy["spec"].get("ingress", [])]
-    if rendered.is_set != bool(allowed) or any("ports" in rule for rule in allowed):
-        yield "workers, and only they, reach each other on every port"
+    peers = [peer for rule in allowed for peer in rule["from"]]
+    peers += [peer for rule in outgoing(rendered) for peer in rule["to"] if "ports" not in rule]
+    if [set(peer) for peer in peers] != [{"podSelector"}] * (2 if rendered.is_set else 0):
+        yield "workers, and only they, reach each other, both ways"
+    for peer in peers:
+        wanted = peer["podSelector"]["matchLabels"]
+        if not run.items() <= wanted.items() <= labels.items() or "app.kubernetes.io/component" not in wanted:
+            yield "a worker reaches pods that are no workers of its run"
+    if any("ports" in rule for rule in allowed):
+        yield "NCCL takes ports as it finds them"
+
+
+def outgoing(rendered: Rendered) -> list[Object]:
+    labels = rendered.job["template"]["metadata"]["labels"]
+    policies = [each for each in rendered.of("NetworkPolicy") if selected(each, labels)]
+    return [rule for policy in policies for rule in policy["spec"].get("egress", [])]
+
+
+def reachable(rendered: Rendered, address: str, port: int, protocol: str = "TCP") -> bool:
+    """Return whether the job may connect to an address outside of the cluster."""
+    host = ipaddress.ip_address(address)
+    for rule in outgoing(rendered):
+        blocks = [peer["ipBlock"] for peer in rule["to"] if "ipBlock" in peer]
+        inside = any(
+            host in ipaddress.ip_network(block["cidr"])
+            and not any(host in ipaddress.ip_network(cidr) for cidr in block.get("except", []))
+            for block in blocks
+        )
+        if inside and {"port": port, "protocol": protocol} in rule.get("ports", []):
+            return True
+    return False
+
+
+# Addresses as Google documents them; 203.0.113.0/24 and 198.51.100.0/24 are nobody's.
+NEEDED = (
+    ("10.96.0.10", 53, "UDP"),  # the cluster's DNS as a Service
+    ("34.118.224.10", 53, "TCP"),  # the same in GKE's own range
+    ("169.254.20.10", 53, "UDP"),  # NodeLocal DNSCache
+    ("169.254.169.254", 53, "UDP"),  # Cloud DNS for GKE
+    ("169.254.169.254", 80, "TCP"),  # the metadata server, Dataplane V2
+    ("169.254.169.252", 987, "TCP"),  # the same under Calico
+    ("169.254.169.252", 988, "TCP"),
+    ("199.36.153.4", 443, "TCP"),  # restricted.googleapis.com
+    ("199.36.153.7", 443, "TCP"),
+    ("199.36.153.8", 443, "TCP"),  # private.googleapis.com
+    ("199.36.153.11", 443, "TCP"),
+)
+CLOSED = (
+    ("203.0.113.1", 443, "TCP"),
+    ("203.0.113.1", 53, "UDP"),
+    ("199.36.153.12", 443, "TCP"),
+    ("199.36.153.8", 80, "TCP"),
+    ("10.0.0.1", 443, "TCP"),  # the API server, another tenant
+    ("192.168.1.1", 80, "TCP"),
+    ("169.254.169.254", 443, "TCP"),
+    ("169.254.170.2", 80, "TCP"),  # another cloud's credentials
+)
+
+
+def egress(rendered: Rendered) -> Problems:
+    """What the job may connect to."""
+    for place in NEEDED:
+        if not reachable(rendered, *place):
+            yield f"{place} is closed"
+    for place in CLOSED:
+        if reachable(rendered, *place):
+            yield f"{place} is open"
+    named = [peer for rule in outgoing(rendered) for peer in rule["to"] if "namespaceSelector" in peer]
+    if named != [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}}}]:
+        yield "DNS is not asked in kube-system, or another namespace is reached"
 
 
 def workers(rendered: Rendered) -> Problems:
@@ -423,6 +538,7 @@ CHECKS: dict[str, Callable[[Rendered], Problems]] = {
         secrets,
         security,
         selectors,
+        egress,
         workers,
     )
 }
@@ -462,6 +578,7 @@ def drop(kind: str) -> Callable[[Rendered], None]:
 
 
 JOB, SET = "base", "multi-worker"
+OUTWARDS = "dns-metadata-google"
 BREAKS: list[tuple[str, str, Callable[[Rendered], None]]] = [
     ("schemas", JOB, change("pod/readOnlyRoot", True)),
     ("schemas", JOB, change("job/backoffLimit", "6")),
@@ -494,7 +611,10 @@ BREAKS: list[tuple[str, str, Callable[[Rendered], None]]] = [
     ("resources", JOB, change("container/resources/limits/memory")),
     ("resources", JOB, change("container/resources/limits/memory", "17Gi")),
     ("resources", JOB, change("pod/volumes/0/emptyDir/sizeLimit")),
-    ("resources", JOB, change("pod/volumes/0/emptyDir/sizeLimit", "22Gi")),
+    ("resources", JOB, change("pod/volumes/0/emptyDir/sizeLimit", "20Gi")),
+    ("resources", JOB, change("pod/volumes/1/emptyDir/sizeLimit", "27Gi")),
+    ("resources", JOB, change("container/env/3")),
+    ("resources", JOB, change("container/env/3/valueFrom/resourceFieldRef/resource", "limits.memory")),
     ("resources", "multi-gpu", change("pod/volumes/0/emptyDir/sizeLimit", "100Gi")),
     ("volumes", JOB, change("container/volumeMounts/0/name", "cash")),
     ("volumes", JOB, change("container/volumeMounts/1/mountPath", "/temp")),
@@ -502,10 +622,13 @@ BREAKS: list[tuple[str, str, Callable[[Rendered], None]]] = [
     ("volumes", JOB, lambda rendered: rendered.container["envFrom"].reverse() or preset(rendered, "solar-demo", 1)),
     ("volumes", JOB, lambda rendered: place(rendered, "TRANSFER_OUTPUT_URI", "/cache/output")),
     ("volumes", SET, lambda rendered: place(rendered, "TRANSFER_OUTPUT_URI", "/output")),
-    ("image", JOB, change("container/image", f"{IMAGE}:latest")),
+    ("image", JOB, change("container/image", f"REGISTRY/{IMAGE}:{VERSION}")),
+    ("image", JOB, change("container/imagePullPolicy", "Always")),
+    ("image", "cpu", change("container/imagePullPolicy")),
     ("image", JOB, change("container/image", IMAGE)),
     ("image", "cpu", change("container/image", f"{IMAGE}:0.1.0")),
     ("image", JOB, change("container/env/2")),
+    ("image", JOB, change("container/env/4/value", f"REGISTRY/{IMAGE}@sha256:{'0' * 64}")),
     ("settings", JOB, change("container/env/0/name", "TRANSFER_CACHEDIR")),
     ("settings", JOB, change("container/env/0/value", "gs://bucket/cache")),
     ("settings", JOB, lambda rendered: place(rendered, "TRANSFER_EPOCHS", "many")),
@@ -514,6 +637,7 @@ BREAKS: list[tuple[str, str, Callable[[Rendered], None]]] = [
     ("security", JOB, lambda rendered: rendered.of("Namespace")[0]["metadata"].update(labels={})),
     ("security", JOB, change("pod/securityContext/runAsNonRoot")),
     ("security", JOB, change("pod/securityContext/runAsUser", 1000)),
+    ("security", JOB, change("pod/securityContext/runAsGroup", 0)),
     ("security", JOB, change("pod/securityContext/seccompProfile")),
     ("security", JOB, change("pod/hostNetwork", True)),
     ("security", JOB, change("pod/volumes/0", {"name": "cache", "hostPath": {"path": "/mnt"}})),
@@ -525,8 +649,15 @@ BREAKS: list[tuple[str, str, Callable[[Rendered], None]]] = [
     ("security", SET, change("container/ports/0/hostPort", 2222)),
     ("selectors", JOB, drop("NetworkPolicy")),
     ("selectors", SET, change("job/template/metadata/labels/app.kubernetes.io~component", "workers")),
-    ("selectors", SET, lambda rendered: rendered.objects.remove(rendered.named("NetworkPolicy", "workers"))),
-    ("selectors", SET, lambda rendered: only_port(rendered, 2222)),
+    ("selectors", JOB, change("job/template/metadata/labels/app.kubernetes.io~instance", "another")),
+    ("selectors", SET, lambda rendered: rendered.objects.remove(rendered.named("NetworkPolicy", RUN))),
+    ("selectors", SET, lambda rendered: among_workers(rendered).update(ports=[{"port": 2222}])),
+    ("selectors", SET, lambda rendered: other_runs(rendered)),
+    ("egress", JOB, drop("NetworkPolicy")),
+    ("egress", JOB, lambda rendered: allow(rendered, {"ipBlock": {"cidr": "0.0.0.0/0"}}, 443)),
+    ("egress", JOB, lambda rendered: allow(rendered, {"ipBlock": {"cidr": "169.254.0.0/16"}}, 80)),
+    ("egress", JOB, lambda rendered: allow(rendered, {"namespaceSelector": {}}, 53)),
+    ("egress", JOB, lambda rendered: rendered.named("NetworkPolicy", OUTWARDS)["spec"]["egress"].pop(2)),
     ("workers", JOB, change("job/completions", 2)),
     ("workers", SET, change("job/completions", 3)),
     ("workers", SET, change("job/completionMode", "NonIndexed")),
@@ -547,8 +678,19 @@ def preset(rendered: Rendered, name: str, position: int) -> None:
     rendered.container["envFrom"][position]["configMapRef"]["name"] = found["metadata"]["name"]
 
 
-def only_port(rendered: Rendered, port: int) -> None:
-    rendered.named("NetworkPolicy", "workers")["spec"]["ingress"][0]["ports"] = [{"port": port}]
+def among_workers(rendered: Rendered) -> Object:
+    found: Object = rendered.named("NetworkPolicy", RUN)["spec"]["ingress"][0]
+    return found
+
+
+def other_runs(rendered: Rendered) -> None:
+    (peer,) = among_workers(rendered)["from"]
+    del peer["podSelector"]["matchLabels"]["app.kubernetes.io/instance"]
+
+
+def allow(rendered: Rendered, peer: Object, port: int) -> None:
+    rule = {"to": [peer], "ports": [{"port": port, "protocol": "TCP"}]}
+    rendered.named("NetworkPolicy", OUTWARDS)["spec"]["egress"].append(rule)
 
 
 @pytest.mark.parametrize(
@@ -599,11 +741,14 @@ def test_a_gke_spot_pod_goes_to_spot_machines_with_its_gpu(folders: dict[str, Pa
     }
 
 
-@pytest.mark.parametrize(("name", "gpus"), [("base", "1"), ("multi-gpu", "4"), ("multi-worker", "1"), ("cpu", None)])
-def test_a_pod_asks_for_its_gpus(name: str, gpus: str | None, folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_a_pod_asks_for_its_gpus_and_for_a_node_that_has_them(name: str, folders: dict[str, Path]) -> None:
     rendered = cached(folders[name])
+    gpus = None if "cpu" in name else "4" if "multi-gpu" in name else "1"
     assert rendered.container["resources"]["limits"].get("nvidia.com/gpu") == gpus
     assert ("tolerations" in rendered.pod) == (gpus is not None)
+    accelerator = rendered.pod.get("nodeSelector", {}).get("cloud.google.com/gke-accelerator")
+    assert accelerator == (None if gpus is None else "nvidia-l4")
 
 
 def test_several_gpus_have_shared_memory(folders: dict[str, Path]) -> None:
@@ -614,18 +759,120 @@ def test_several_gpus_have_shared_memory(folders: dict[str, Path]) -> None:
     assert amount(volume["emptyDir"]["sizeLimit"]) > amount("64Mi")
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if "queued" in name])
-def test_a_queued_workload_waits_for_kueue(name: str, folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("name", ALL)
+def test_a_queue_is_named_and_nothing_is_suspended_which_would_kill_it_when_applied_again(
+    name: str, folders: dict[str, Path]
+) -> None:
     workload = cached(folders[name]).workload
-    assert re.fullmatch(r"[a-z0-9-]{1,63}", workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"])
-    assert workload["spec"]["suspend"] is True
-
-
-@pytest.mark.parametrize("name", [name for name in ALL if "queued" not in name])
-def test_nothing_else_waits(name: str, folders: dict[str, Path]) -> None:
-    workload = cached(folders[name]).workload
-    assert "kueue.x-k8s.io/queue-name" not in workload["metadata"]["labels"]
+    queue = workload["metadata"]["labels"].get("kueue.x-k8s.io/queue-name")
+    assert queue == ("transfer-learning" if "queued" in name else None)
     assert "suspend" not in workload["spec"]
+
+
+def test_the_queue_covers_all_that_a_pod_asks_for_and_holds_every_overlay(folders: dict[str, Path]) -> None:
+    objects = {each["kind"]: each for each in yaml.safe_load_all((FOLDER / "queue.yaml").read_text(encoding="utf-8"))}
+    assert set(objects) == {"ResourceFlavor", "ClusterQueue", "LocalQueue"}
+    namespace = cached(folders["base"]).of("Namespace")[0]["metadata"]["name"]
+    local, cluster = objects["LocalQueue"], objects["ClusterQueue"]
+    labels = cached(folders["queued"]).workload["metadata"]["labels"]
+    assert local["metadata"] == {"name": labels["kueue.x-k8s.io/queue-name"], "namespace": namespace}
+    assert local["spec"]["clusterQueue"] == cluster["metadata"]["name"]
+    assert cluster["spec"]["namespaceSelector"] == {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+    (group,) = cluster["spec"]["resourceGroups"]
+    (flavor,) = group["flavors"]
+    assert flavor["name"] == objects["ResourceFlavor"]["metadata"]["name"]
+    quota = {each["name"]: amount(str(each["nominalQuota"])) for each in flavor["resources"]}
+    assert list(quota) == group["coveredResources"]
+    for name in ALL:
+        rendered = cached(folders[name])
+        for resource, quantity in rendered.container["resources"]["requests"].items():
+            assert rendered.workers * amount(quantity) <= quota[resource], (name, resource)
+
+
+# What changes the Job, and what makes a JobSet of it or names a queue.
+CHANGING = ("gke-spot", "multi-gpu")
+ORDERS = [
+    order
+    for number in range(2, 5)
+    for chosen in itertools.combinations((*CHANGING, "multi-worker", "queued"), number)
+    for order in itertools.permutations(chosen)
+]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="+".join)
+def test_no_order_of_components_loses_anything_without_a_word(order: tuple[str, ...], tmp_path: Path) -> None:
+    need_kubectl()
+    folder = combined(tmp_path, order)
+    late = [name for name in order if name in CHANGING and "multi-worker" in order[: order.index(name)]]
+    if late:
+        done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True, check=False)  # noqa: S607
+        assert done.returncode != 0
+        assert "no matches for Id Job" in done.stderr
+        return
+    rendered = build(folder)
+    assert rendered.is_set == ("multi-worker" in order)
+    assert ("kueue.x-k8s.io/queue-name" in rendered.workload["metadata"]["labels"]) == ("queued" in order)
+    assert ("cloud.google.com/gke-spot" in rendered.pod["nodeSelector"]) == ("gke-spot" in order)
+    assert any(each["name"] == "shm" for each in rendered.pod["volumes"]) == ("multi-gpu" in order)
+
+
+def test_two_runs_share_the_namespace_and_nothing_that_either_changes(folders: dict[str, Path]) -> None:
+    for name in ("gke-spot", "multi-worker"):
+        objects = kustomized(folders[name])
+        first, second = (submitted(objects, f"transfer-learning-{number}") for number in (1, 2))
+        names = [{(each["kind"], each["metadata"]["name"]) for each in run} for run in (first, second)]
+        # named after their content, and the same
+        assert {kind for kind, _ in names[0] & names[1]} == {"ConfigMap"}
+        assert [each for each in first if each["kind"] == "ConfigMap"] == [
+            each for each in second if each["kind"] == "ConfigMap"
+        ]
+        assert "transfer-learning-1" not in yaml.safe_dump_all(second)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_makes_nothing_that_others_need_so_that_its_deletion_takes_nothing_away(
+    name: str, folders: dict[str, Path]
+) -> None:
+    kinds = {each["kind"] for each in kustomized(folders[name])}
+    assert kinds <= {"ConfigMap", "Job", "JobSet", "NetworkPolicy", "PersistentVolumeClaim"}
+    assert not [words for words in commands("kubectl") if words[1] == "delete" and "--kustomize" in words]
+    assert not [words for words in commands("kubectl") if words[1] == "delete" and {"namespace", "all"} & set(words)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_that_was_given_no_name_is_refused(name: str, folders: dict[str, Path]) -> None:
+    (workload,) = (each for each in kustomized(folders[name]) if each["kind"] in ("Job", "JobSet"))
+    # the API server takes lower-case letters, digits and hyphens
+    assert workload["metadata"]["name"] == "${RUN}"
+
+
+@pytest.mark.parametrize(
+    ("file", "opened"),
+    [("internet", [("203.0.113.1", 443, "TCP"), ("203.0.113.1", 80, "TCP")]), ("gke-fqdn", []), ("cilium-fqdn", [])],
+)
+def test_another_way_to_google_is_for_the_jobs_pods_and_no_wider_than_it_says(
+    file: str, opened: list[tuple[str, int, str]], folders: dict[str, Path]
+) -> None:
+    rendered = copy.deepcopy(cached(folders["base"]))
+    policy = yaml.safe_load((FOLDER / "network" / f"{file}.yaml").read_text(encoding="utf-8"))
+    assert policy["metadata"]["namespace"] == rendered.of("Namespace")[0]["metadata"]["name"]
+    spec = policy["spec"]
+    selector = spec.get("podSelector", spec.get("endpointSelector"))
+    assert selector == rendered.named("NetworkPolicy", OUTWARDS)["spec"]["podSelector"]
+    rendered.objects.append(policy)
+    if opened:
+        assert faults(json.dumps(policy)) == ()
+        assert all(reachable(rendered, *place) for place in opened)
+        public = {place for place in CLOSED if place[0].startswith(("203.", "199.")) and place[1] != 53}
+        assert {place for place in CLOSED if reachable(rendered, *place)} == public
+    elif file == "gke-fqdn":
+        (rule,) = spec["egress"]
+        assert rule == {"matches": [{"pattern": "*.googleapis.com"}], "ports": [{"port": 443, "protocol": "TCP"}]}
+    else:
+        dns, google = spec["egress"]
+        assert dns["toEndpoints"][0]["matchLabels"]["k8s:io.kubernetes.pod.namespace"] == "kube-system"
+        assert google["toFQDNs"] == [{"matchPattern": "*.googleapis.com"}]
+        assert google["toPorts"] == [{"ports": [{"port": "443", "protocol": "TCP"}]}]
 
 
 def test_the_reader_may_look_at_the_cpu_overlays_volume(folders: dict[str, Path]) -> None:
@@ -635,7 +882,9 @@ def test_the_reader_may_look_at_the_cpu_overlays_volume(folders: dict[str, Path]
     assert list(restricted(reader["spec"])) == []
     assert reader["metadata"]["namespace"] == rendered.of("Namespace")[0]["metadata"]["name"]
     (container,) = reader["spec"]["containers"]
+    assert set(container["resources"]["limits"]) == set(container["resources"]["requests"]) == {"cpu", "memory"}
     assert container["image"] == rendered.container["image"]
+    assert container["imagePullPolicy"] == rendered.container["imagePullPolicy"]
     (volume,) = reader["spec"]["volumes"]
     assert volume["persistentVolumeClaim"]["claimName"] == rendered.of("PersistentVolumeClaim")[0]["metadata"]["name"]
     (mount,) = container["volumeMounts"]
@@ -656,13 +905,13 @@ def blocks(language: str) -> list[str]:
 
 
 LINES = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
-ENVIRONMENT = {"PROJECT": "my-project", "BUCKET": "my-bucket"}
 
 
 def commands(program: str) -> list[list[str]]:
-    """The README's commands of a program, as words; also those inside $( )."""
-    flat = [re.sub(r"^\w+=\$\((.*)\)$", r"\1", line).split(" | ")[0] for line in LINES]
-    return [words for line in flat if (words := shlex.split(line, comments=True)) and words[0] == program]
+    """The README's commands of a program, as words; also those inside $( ), in a pipe and in a loop."""
+    flat = [re.sub(r"^\w+=\$\((.*)\)$|^until ", r"\1", line) for line in LINES]
+    parts = [part for line in flat for part in re.split(r" \| ?|\|$|; ", line)]
+    return [words for part in parts if (words := shlex.split(part, comments=True)) and words[0] == program]
 
 
 @pytest.fixture(scope="module")
@@ -670,8 +919,12 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of deploy/ after the README's commands for the place, and with its overlay of one's own."""
     root = tmp_path_factory.mktemp("placed")
     shutil.copytree(ROOT / "deploy", root / "deploy")
+    # what the registry would say
+    (root / "gcloud").write_text(f"#!/bin/sh\necho {DIGEST}\n")
+    (root / "gcloud").chmod(0o755)
     script = "\n".join(blocks("sh")[:2])
-    subprocess.run(["/bin/bash", "-euc", script], cwd=root, check=True)
+    environment = os.environ | {"PATH": f"{root}:{os.environ['PATH']}"}
+    subprocess.run(["/bin/bash", "-euc", script], cwd=root, env=environment, check=True)
     (own,) = blocks("yaml")
     mine = root / "deploy" / "kubernetes" / "overlays" / "mine"
     mine.mkdir()
@@ -685,9 +938,9 @@ def test_the_readmes_commands_set_the_place(name: str, placed: Path) -> None:
     text = yaml.safe_dump_all(rendered.objects)
     assert "PROJECT" not in text
     assert "BUCKET" not in text
-    repository, _, version = rendered.container["image"].rpartition(":")
-    assert repository == "REGISTRY/my-project/transfer-learning-job"
-    assert version == VERSION
+    assert ":DIGEST" not in text
+    local = f"{IMAGE}:{VERSION}-cpu"
+    assert rendered.container["image"] == (local if name == "cpu" else f"REGISTRY/my-project/{IMAGE}@{DIGEST}")
     (account,) = rendered.of("ServiceAccount")
     assert account["metadata"]["annotations"] == {
         "iam.gke.io/gcp-service-account": "transfer-learning@my-project.iam.gserviceaccount.com"
@@ -700,12 +953,12 @@ def test_the_readmes_commands_set_the_place(name: str, placed: Path) -> None:
         assert settings.data.data_dir == "gs://my-bucket/tfds"
 
 
-@pytest.mark.parametrize("check", [name for name in CHECKS if name != "image"])
+@pytest.mark.parametrize("check", CHECKS)
 def test_an_overlay_of_ones_own_is_right(check: str, placed: Path) -> None:
     rendered = cached(placed / "deploy" / "kubernetes" / "overlays" / "mine")
     assert rendered.is_set
-    assert rendered.pod["nodeSelector"]
-    assert rendered.workload["spec"]["suspend"]
+    assert len(rendered.pod["nodeSelector"]) == 2
+    assert rendered.workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"]
     assert list(CHECKS[check](copy.deepcopy(rendered))) == []
 
 
@@ -717,6 +970,7 @@ def test_the_tables_list_every_folder_and_overlay() -> None:
 
 def test_the_table_of_exit_codes_says_what_the_manifests_do(folders: dict[str, Path]) -> None:
     rows = re.findall(r"^\| [^|]+ \| (\d+)[^|]* \| ([^|]*) \| ([^|]*) \|$", README, flags=re.MULTILINE)
+    assert [row for row in rows if "is no disruption" in row[1]]  # a volume that outgrows its limit
     said = {"fail": "fails", "retry": "six times at most", "retry uncounted": "uncounted"}
     seen = set()
     for code, of_job, of_set in rows:
@@ -733,35 +987,190 @@ def test_the_table_of_exit_codes_says_what_the_manifests_do(folders: dict[str, P
     assert cached(folders["base"]).job["activeDeadlineSeconds"] == 2 * 24 * 3600
 
 
+def test_the_waits_between_retries_are_those_of_the_job_controller(folders: dict[str, Path]) -> None:
+    # pkg/controller/job: 10 s, doubled with each failure in a row, 10 minutes at most
+    waits = [min(10 * 2**number, 600) for number in range(cached(folders["base"]).job["backoffLimit"])]
+    text = " ".join(README.split())
+    assert f"{waits[0]} s after the first failure, {waits[1]} s after the second" in text
+    assert f"to {waits[-1]} s after the sixth" in text
+    assert "10 s, doubled to 320 s before the sixth" in (FOLDER / "base" / "job.yaml").read_text(encoding="utf-8")
+
+
 def test_kubectl_knows_the_flags_and_the_files_and_names_are_there(folders: dict[str, Path]) -> None:
     found = commands("kubectl")
-    assert {words[1] for words in found} == {"kustomize", "apply", "logs", "wait", "get", "describe", "delete", "cp"}
+    verbs = {"kustomize", "apply", "logs", "wait", "get", "describe", "delete", "cp", "taint"}
+    assert {words[1] for words in found} == verbs
     everything = [cached(folders[name]) for name in ALL]
-    kinds = {"job": "Job", "jobset": "JobSet"}
+    namespaces = {each.of("Namespace")[0]["metadata"]["name"] for each in everything}
     for words in found:
         check_flags(["kubectl", words[1]], words[2:], ["kubectl", "options"])
         options = dict(itertools.pairwise(words))
         for option in ("--kustomize", "kustomize"):
             if option in options:
-                assert ROOT / options[option] in folders.values()
-        if "--filename" in options:
+                assert ROOT / options[option] in {*folders.values(), FOLDER / "namespace"}
+        if options.get("--filename", "-") != "-":
             assert (ROOT / options["--filename"]).is_file()
-        if "--kustomize" not in options and "--filename" not in options and words[1] != "kustomize":
-            namespaces = {each.of("Namespace")[0]["metadata"]["name"] for each in everything}
+        if not {"--kustomize", "--filename", "kustomize"} & set(options) and "$NODE" not in words:
             assert {options["--namespace"]} == namespaces
         if "--selector" in options:
-            name, value = options["--selector"].split("=")
-            assert any(each.job["template"]["metadata"]["labels"].get(name) == value for each in everything)
-        for kind, name in re.findall(r"\b(job|jobset)/([a-z0-9-]+)$", words[-1]):
-            names = {(each.workload["kind"], each.workload["metadata"]["name"]) for each in everything}
-            names |= {("Job", f"{name}-worker-0") for kind, name in names if kind == "JobSet"}
-            assert (kinds[kind], name) in names
+            name, _, value = options["--selector"].partition("=")
+            values = [each.job["template"]["metadata"]["labels"].get(name) for each in everything]
+            assert value.replace("$RUN", RUN) in values or (not value and RUN in values)
+        for kind, name in re.findall(r"\b(job|jobset|networkpolicy)/(\S+)", " ".join(words)):
+            assert name == "$RUN"
+            assert [each for each in everything if any(other["kind"].lower() == kind for other in each.objects)]
+
+
+def test_every_wait_ends_whatever_the_end_is() -> None:
+    """`kubectl wait` for one state hangs where another was first; it is for the reader, which does nothing but wait."""
+    assert [words[-1] for words in commands("kubectl") if words[1] == "wait"] == ["pod/reader"]
+    assert all("--timeout=5m" in words for words in commands("kubectl") if words[1] == "wait")
+
+
+def test_the_readmes_name_of_a_run_is_one_that_kubernetes_takes_for_all_that_is_made_of_it() -> None:
+    (given,) = {line for line in LINES if line.startswith("RUN=")}
+    done = subprocess.run(["/bin/bash", "-euc", f"{given}; echo $RUN"], capture_output=True, text=True, check=True)
+    name = done.stdout.strip()
+    assert len(name) == len(RUN)
+    # a Service's name, the label of a pod's host, and a pod's name with what JobSet and the Job add
+    assert re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])", name)
+    assert "at most 40" in README
+    assert max(40, len(name)) + len("-worker-0-99-abcde") <= 63
+
+
+def test_the_readmes_sed_fills_in_the_name_and_refuses_none() -> None:
+    need_kubectl()
+    to_the_cluster = " | kubectl apply --filename -"
+    submits = [line.removesuffix(to_the_cluster) for line in LINES if line.endswith(to_the_cluster)]
+    assert len(submits) == 3
+    for line in submits:
+        done = subprocess.run(
+            ["/bin/bash", "-euo", "pipefail", "-c", f"RUN={RUN}; {line}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        folder = ROOT / shlex.split(line)[2]
+        assert list(yaml.safe_load_all(done.stdout)) == submitted(kustomized(folder))
+        unset = subprocess.run(["/bin/bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert unset.returncode != 0
+        assert unset.stdout == ""
+
+
+class Cluster(Handler):
+    """As much of an API server as `kubectl get` and `kubectl logs` talk to: each look at the pods is one later."""
+
+    phases: Iterator[str]
+    phase: str
+    conditions: Iterator[list[str]]
+    log: str
+
+    def respond(self) -> None:
+        path = urlsplit(self.path).path
+        pods, jobs = (
+            {"name": name, "singularName": kind.lower(), "namespaced": True, "kind": kind, "verbs": ["get", "list"]}
+            for name, kind in (("pods", "Pod"), ("jobs", "Job"))
+        )
+        batch = {"groupVersion": "batch/v1", "version": "v1"}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod", "namespace": "transfer-learning"}}
+        pod |= {"spec": {"containers": [{"name": "job"}]}}
+        if path.endswith("/log"):
+            content = type(self).log.encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+        elif path.endswith("/pods"):
+            assert parse_qs(urlsplit(self.path).query)["labelSelector"] == [f"app.kubernetes.io/instance={RUN}"]
+            kind = type(self)
+            kind.phase = next(kind.phases, kind.phase)
+            items = [pod | {"status": {"phase": kind.phase}}] if kind.phase else []
+            self.answer_json(200, {"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": items})
+        elif path.endswith(f"/jobs/{RUN}"):
+            status = {"conditions": [{"type": name, "status": "True"} for name in next(type(self).conditions)]}
+            self.answer_json(
+                200, {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": RUN}, "status": status}
+            )
+        else:
+            answers: dict[str, Object] = {
+                "/version": {"major": "1", "minor": "32", "gitVersion": "v1.32.0"},
+                "/api": {"kind": "APIVersions", "versions": ["v1"]},
+                "/api/v1": {"kind": "APIResourceList", "groupVersion": "v1", "resources": [pods]},
+                "/apis": {
+                    "kind": "APIGroupList",
+                    "groups": [{"name": "batch", "versions": [batch], "preferredVersion": batch}],
+                },
+                "/apis/batch/v1": {"kind": "APIResourceList", "groupVersion": "batch/v1", "resources": [jobs]},
+            }
+            self.answer_json(200 if path in answers else 404, answers.get(path, {}))
+
+
+def follow(commands: str, folder: Path, phases: Sequence[str] = (), conditions: Sequence[list[str]] = ()) -> str:
+    """Return what the README's commands print where the pod is one phase after the other (nothing: there is none)."""
+    need_kubectl()
+    handler = type(
+        "Following",
+        (Cluster,),
+        {"phases": iter(phases), "phase": "", "conditions": iter(conditions), "log": "the whole log\n"},
+    )
+    with serving(handler) as port:
+        config = {"apiVersion": "v1", "kind": "Config", "current-context": "here"}
+        config |= {"clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{port}"}}]}
+        config |= {"contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}]}
+        config |= {"users": [{"name": "me", "user": {}}]}
+        (folder / "config").write_text(yaml.safe_dump(config))
+        done = subprocess.run(
+            ["/bin/bash", "-euo", "pipefail", "-c", f"RUN={RUN}\n{commands.replace('sleep 5', 'sleep 0.01')}"],
+            env={"PATH": os.environ["PATH"], "HOME": str(folder), "KUBECONFIG": str(folder / "config")},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def waiting(words: str, text: str = README) -> str:
+    """Return the README's commands from the first `until` to the last line with the words, of one block."""
+    (found,) = {
+        block[block.index("until ") :]
+        for block in re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+        if words in block
+    }
+    return found
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [["Running"], ["", "", "Pending", "Running"], ["", "Failed"], ["Pending", "Succeeded"], ["Failed"]],
+    ids=lambda phases: "-".join(each or "none" for each in phases),
+)
+@pytest.mark.parametrize("document", ["guide", "README", "workers"])
+def test_the_commands_for_the_log_show_it_whatever_the_pod_has_come_to(
+    document: str, phases: list[str], tmp_path: Path
+) -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8") if document == "README" else README
+    commands = waiting("--max-log-requests" if document == "workers" else "overlays/gke-spot", text)
+    commands = re.sub(r"\nuntil kubectl get --namespace transfer-learning jobset.*", "", commands, flags=re.DOTALL)
+    (waited, log) = follow(commands, tmp_path, phases).split("\n", 1)
+    assert waited == phases[-1]
+    assert log.endswith("the whole log\n")
+
+
+@pytest.mark.parametrize("end", ["Complete", "Failed"])
+def test_the_command_for_the_end_of_a_run_ends_with_it(end: str, tmp_path: Path) -> None:
+    (commands,) = (block for block in blocks("sh") if block.startswith("until kubectl get --namespace"))
+    between = {"Complete": "SuccessCriteriaMet", "Failed": "FailureTarget"}[end]
+    conditions: list[list[str]] = [[], ["Suspended"], [between], [between, end]]
+    assert follow(commands, tmp_path, conditions=conditions) == f"{between} {end}\n"
 
 
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="commands are not checked: install the Google Cloud CLI")
 @pytest.mark.parametrize("words", commands("gcloud"), ids=lambda words: "-".join(words[1:4]))
 def test_gcloud_knows_the_command_and_its_flags(words: list[str], tmp_path: Path) -> None:
-    named = ("transfer-learning", "spot-l4")
+    named = ("transfer-learning", "spot-l4", "googleapis", "private")
     command = list(itertools.takewhile(lambda word: re.fullmatch(r"[a-z-]+", word) and word not in named, words))
     assert len(command) > 2
     check_flags(command, words[len(command) :], None, CLOUDSDK_CONFIG=str(tmp_path))
@@ -798,9 +1207,18 @@ def check_flags(command: list[str], arguments: list[str], general: list[str] | N
     assert flags <= known, f"{' '.join(command)} does not know {flags - known}"
 
 
+ACCOUNT = "transfer-learning@$PROJECT.iam.gserviceaccount.com"
+
+
 def test_the_account_has_no_more_than_it_needs() -> None:
-    granted = {(words[1], words[-1]) for words in commands("gcloud") if words[-1].startswith("--role=")}
-    assert granted == {("storage", "--role=roles/storage.objectUser"), ("iam", "--role=roles/iam.workloadIdentityUser")}
+    granted = {(words[2], words[4], words[-1]) for words in commands("gcloud") if words[-1].startswith("--role=")}
+    assert granted == {
+        ("buckets", "gs://$BUCKET", "--role=roles/storage.objectViewer"),
+        ("managed-folders", "gs://$BUCKET/runs/", "--role=roles/storage.objectUser"),
+        ("service-accounts", ACCOUNT, "--role=roles/iam.workloadIdentityUser"),
+    }
+    places = (FOLDER / "place" / "place.env").read_text(encoding="utf-8")
+    assert "TRANSFER_OUTPUT_URI=gs://BUCKET/runs\n" in places
     for role in re.findall(r"roles/[\w.]+", README):
         assert not role.endswith(("admin", "Admin", "owner", "editor"))
 
@@ -832,9 +1250,11 @@ def test_every_other_command_is_a_known_one() -> None:
         "docker",
         "export",
         "gcloud",
+        "grep",
         "kind",
         "kubectl",
         "python",
         "sed",
+        "until",
     }
     assert ["python", "-m", "job", "verify"] in [words[:4] for words in commands("python")]

@@ -30,7 +30,8 @@ README = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 # What the user sets, and the spec leaves open.
 USER = {
-    "IMAGE": "host.example/project/repository/transfer-learning-job:0.1.0",
+    "IMAGE": "host.example/project/repository/transfer-learning-job",
+    "DIGEST": "sha256:" + "0123456789abcdef" * 4,
     "BUCKET": "some-bucket",
     "SERVICE_ACCOUNT": "transfer-learning-job@project.iam.gserviceaccount.com",
 }
@@ -153,11 +154,11 @@ def test_a_bare_job_spec_is_no_custom_job(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_the_user_sets_image_bucket_and_service_account_and_nothing_else(name: str) -> None:
+def test_the_user_sets_image_digest_bucket_and_service_account_and_nothing_else(name: str) -> None:
     text = text_of(name)
     assert set(re.findall(r"\$\{?(\w+)", text)) == set(USER)
     document = yaml.safe_load(text)["jobSpec"]
-    assert {pool["containerSpec"]["imageUri"] for pool in document["workerPoolSpecs"]} == {"${IMAGE}"}
+    assert {pool["containerSpec"]["imageUri"] for pool in document["workerPoolSpecs"]} == {"${IMAGE}@${DIGEST}"}
     # an account of its own: the default one reads and writes every bucket of the project
     assert document["serviceAccount"] == "${SERVICE_ACCOUNT}"
 
@@ -277,6 +278,9 @@ def block_with(words: str) -> str:
     return block
 
 
+SUBMIT = block_with("SPEC=one-gpu")
+
+
 def gcloud_commands() -> list[list[str]]:
     """Return the words of every gcloud command, also of those in a pipe or in $(...)."""
     lines = re.sub(r"\\\n", " ", "".join(blocks())).splitlines()
@@ -325,9 +329,23 @@ def test_every_role_that_is_granted_is_explained_and_the_other_way_round() -> No
     named = {role for role in granted if role.startswith("roles/")}
     assert own == {"transferJobSubmitter"}
     assert "`transferJobSubmitter`" in explained
-    # read access is named as an alternative to objectUser, and not granted
-    assert set(re.findall(r"`(roles/[\w.]+)`", explained)) - {"roles/storage.objectViewer"} == named
+    assert set(re.findall(r"`(roles/[\w.]+)`", explained)) == named
     assert not re.findall(r"roles/(?:owner|editor|\w+\.admin)\b", README)
+
+
+def test_the_jobs_account_writes_to_the_folders_of_the_specs_and_reads_the_rest_of_the_bucket() -> None:
+    bindings = [words for words in gcloud_commands() if "--member=serviceAccount:$SERVICE_ACCOUNT" in words]
+    granted = [(words[1], words[3], words[-1].removeprefix("--role=roles/storage.")) for words in bindings]
+    assert granted == [
+        ("buckets", "gs://$BUCKET", "objectViewer"),
+        ("managed-folders", "gs://$BUCKET/runs/", "objectUser"),
+        ("managed-folders", "gs://$BUCKET/vertex/", "objectUser"),
+    ]
+    bucket = f"gs://{USER['BUCKET']}"
+    for name in SPECS:
+        document = spec_of(name)
+        assert document["baseOutputDirectory"]["outputUriPrefix"].startswith(f"{bucket}/vertex/")
+        assert environment_of(document["workerPoolSpecs"][0])["TRANSFER_OUTPUT_URI"] == f"{bucket}/runs"
 
 
 def test_variables_are_set_before_they_are_used() -> None:
@@ -363,7 +381,7 @@ def test_what_the_awk_of_the_readme_prints_takes_the_place_of_a_specs_preset(nam
 
 def test_the_image_is_named_as_everywhere_with_the_version_of_the_project() -> None:
     version = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
-    assert re.findall(r"transfer-learning-job:([\w.]+)", README) == version * 2
+    assert re.findall(r"(?:transfer-learning-job|\$IMAGE):([\w.]+)", README) == version * 4
 
 
 @contextmanager
@@ -383,18 +401,58 @@ def vertex() -> Iterator[tuple[int, list[tuple[str, dict[str, Any]]]]]:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_the_readmes_sed_gives_gcloud_the_job_spec_and_nothing_else(name: str) -> None:
-    command, _ = block_with("custom-jobs create").replace("SPEC=one-gpu", f"SPEC={name}").split("|\n  gcloud")
+    command, _ = SUBMIT.replace("SPEC=one-gpu", f"SPEC={name}").split("|\n  gcloud")
     done = bash(command, USER | {"PATH": os.environ["PATH"]})
     assert yaml.safe_load(done.stdout) == spec_of(name)
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_the_readmes_command_submits_all_of_a_spec(name: str, tmp_path: Path) -> None:
+    job = submit(SUBMIT.replace("SPEC=one-gpu", f"SPEC={name}"), tmp_path)
+    # nothing dropped, nothing added: gcloud ignores what it does not know
+    assert parse(job) == parse(job_of(name))
+
+
+def with_options(name: str) -> dict[str, Any]:
+    """Return a spec with the README's key, network and labels in it."""
+    (options,) = (
+        yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    )
+    return job_of(name) | options | {"jobSpec": spec_of(name) | options["jobSpec"]}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_key_a_network_and_labels_of_ones_own_are_fields_of_a_custom_job(name: str) -> None:
+    job = parse(with_options(name))
+    assert job.encryption_spec.kms_key_name.endswith("/keyRings/my-ring/cryptoKeys/my-key")
+    assert job.job_spec.network.endswith("/global/networks/my-network")
+    assert dict(job.labels) == {"app": "transfer-learning-job", "team": "my-team"}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_readmes_flags_submit_a_key_a_network_and_labels_as_a_spec_has_them(name: str, tmp_path: Path) -> None:
+    job = submit(
+        block_with("--network="),
+        tmp_path,
+        SPEC=name,
+        NUMBER="123456789012",
+        KEY="projects/my-project/locations/us-central1/keyRings/my-ring/cryptoKeys/my-key",
+    )
+    assert parse(job) == parse(with_options(name))
+
+
+def test_the_readmes_key_is_a_whole_name_where_the_job_runs() -> None:
+    (line,) = (line for block in blocks() for line in block.splitlines() if line.startswith("KEY="))
+    key = Template(line.removeprefix("KEY=")).substitute(PROJECT="my-project", REGION="us-central1")
+    assert key == with_options("one-gpu")["encryptionSpec"]["kmsKeyName"]
+
+
+def submit(command: str, tmp_path: Path, **environment: str) -> dict[str, Any]:
+    """Run one of the README's commands; return the one job that Vertex AI received."""
     sdk()
-    command = block_with("custom-jobs create").replace("SPEC=one-gpu", f"SPEC={name}")
     (tmp_path / "token").write_text("none")
     with vertex() as (port, jobs):
-        environment = USER | {
+        environment |= USER | {
             "PATH": os.environ["PATH"],
             "HOME": str(tmp_path),
             "REGION": "us-central1",
@@ -409,5 +467,4 @@ def test_the_readmes_command_submits_all_of_a_spec(name: str, tmp_path: Path) ->
         bash(command, environment)
     ((path, job),) = jobs
     assert path.startswith("/v1/projects/project/locations/us-central1/customJobs")
-    # nothing dropped, nothing added: gcloud ignores what it does not know
-    assert parse(job) == parse(job_of(name))
+    return job

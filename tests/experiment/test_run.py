@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import job
+from job.experiment.source_code import digest_of
 from tests.support.kills import started, variables_of
 from tests.support.running import CLASSES, ROOT, Published, completed, published_by, run_job
-from tests.support.servers import GATEWAY, GOOGLE, faulty_proxy, gcs_gateway, gcs_server, stored
+from tests.support.servers import faulty_proxy, gcs_server, stored
 
 ARMS = ["scratch", "frozen", "fine_tune"]
 # of predictions.csv: example, label and probabilities
@@ -71,6 +73,18 @@ def test_what_a_model_got_most_wrong_is_what_its_predictions_say(published: Publ
         wrong.sort(key=lambda row: row[2][row[1]])
         told = [(one["example_id"], one["label"], one["label_probability"]) for one in result["most_wrong"]]
         assert told == [(name, CLASSES[label], pytest.approx(p[label])) for name, label, p in wrong[:12]]
+
+
+def test_the_manifest_says_which_code_ran(published: Published, tmp_path: Path) -> None:
+    package = tmp_path / "job"
+    shutil.copytree(ROOT / "job", package)
+    code = published.manifest["code"]
+    assert code == {"version": job.__version__, "digest": digest_of(package)}
+    (package / ".DS_Store").touch()
+    shutil.rmtree(package / "__pycache__", ignore_errors=True)
+    assert digest_of(package) == code["digest"]
+    (package / "arms.py").write_bytes((package / "arms.py").read_bytes() + b"\n")
+    assert digest_of(package) != code["digest"]
 
 
 def test_the_manifest_says_what_was_run(published: Published) -> None:
@@ -139,11 +153,23 @@ def test_verify_accepts_the_run_and_finds_a_changed_byte(published: Published, t
     assert "predictions.csv" in damaged.text
 
 
-def test_a_repeat_of_a_finished_run_verifies_it_and_trains_nothing(published: Published, small: dict[str, str]) -> None:
-    before = (published.folder / "manifest.json").read_bytes()
-    again = completed(small | {"TRANSFER_OUTPUT_URI": str(published.folder.parent), "TRANSFER_COST_PER_HOUR": "1"})
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_repeat_of_a_finished_run_trains_nothing_and_fills_the_platforms_place_for_the_model(
+    published: Published, small: dict[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    shutil.copytree(published.folder.parent, output)
+    (output / published.folder.name / ".DS_Store").touch()
+    before = files_below(output)
+    changes = {"TRANSFER_COST_PER_HOUR": "1", "AIP_MODEL_DIR": str(tmp_path / "model")}
+    again = completed(small | {"TRANSFER_OUTPUT_URI": str(output)} | changes)
     assert not [line for line in again.lines if "epoch" in line]
-    assert (published.folder / "manifest.json").read_bytes() == before
+    assert files_below(output) == before
+    best = max(published.manifest["results"], key=lambda result: result["metrics"]["validation"]["accuracy"])
+    assert files_below(tmp_path / "model") == files_below(published.folder / best["saved_model"])
 
 
 def test_another_experiment_under_a_taken_id_is_refused(published: Published, small: dict[str, str]) -> None:
@@ -155,6 +181,22 @@ def test_another_experiment_under_a_taken_id_is_refused(published: Published, sm
     refused = run_job(small | taken)
     assert refused.code == 78
     assert "TRANSFER_RUN_ID" in refused.text
+
+
+def test_another_experiment_under_an_id_that_another_has_begun_with_is_refused_before_it_decodes(
+    small: dict[str, str], tmp_path: Path
+) -> None:
+    same_id = {"TRANSFER_OUTPUT_URI": str(tmp_path / "output"), "TRANSFER_RUN_ID": "mine"}
+    with started(small | same_id) as running:
+        assert running.until("scratch: fraction")
+        running.send(signal.SIGKILL)
+        running.process.wait()
+    for verb in ("run", "plan"):
+        refused = run_job(small | same_id | {"TRANSFER_EPOCHS": "3"}, verb)
+        assert refused.code == 78
+        assert "has begun at" in refused.text
+        assert not [line for line in refused.lines if "decoding" in line["message"]]
+    assert run_job(small | same_id, "plan").code == 0
 
 
 def test_results_are_bit_identical_without_the_cache_and_in_another_order(
@@ -205,7 +247,6 @@ def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
     return dict(kept)
 
 
-@pytest.mark.skipif(not GATEWAY.is_file(), reason=f"{GATEWAY} is not there: TensorFlow's client cannot reach a server")
 def test_from_bucket_to_bucket_gives_the_same_manifest(
     published: Published, small: dict[str, str], photos: Path, weights: Path, tmp_path: Path
 ) -> None:
@@ -213,11 +254,7 @@ def test_from_bucket_to_bucket_gives_the_same_manifest(
         (tmp_path / "buckets" / name).mkdir(parents=True)
     shutil.copytree(photos, tmp_path / "buckets" / "data" / "tfds" / "pets" / "1.0.0")
     shutil.copy(weights, tmp_path / "buckets" / "data" / "mobilenet.weights.h5")
-    with (
-        gcs_server(tmp_path / "buckets", external_url=GOOGLE) as server,
-        faulty_proxy(server) as proxy,
-        gcs_gateway(server, tmp_path) as gateway,
-    ):
+    with gcs_server(tmp_path / "buckets") as server, faulty_proxy(server) as proxy:
         changes = {
             "STORAGE_EMULATOR_HOST": proxy.url,
             "TRANSFER_DATASET": "gs://data/tfds/pets/1.0.0",
@@ -226,7 +263,7 @@ def test_from_bucket_to_bucket_gives_the_same_manifest(
             "AIP_MODEL_DIR": "gs://models/best",
             "AIP_TENSORBOARD_LOG_DIR": "gs://models/logs",
         }
-        completed(small | gateway | changes)
+        completed(small | proxy.tensorflow | changes)
         run_id = published.manifest["run_id"]
         completed({"STORAGE_EMULATOR_HOST": proxy.url}, "verify", f"gs://results/some/prefix/{run_id}")
         fetched = json.loads(stored(server, "results", f"some/prefix/{run_id}/manifest.json"))

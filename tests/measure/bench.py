@@ -1,11 +1,13 @@
-"""Measure the job beside plain Keras, on the same photos, weights, epochs and batch size; about an hour on two cores.
+"""Measure the job beside plain Keras, on the same photos, weights, epochs and batch size; an hour on two quiet cores.
 
-    python -m tests.measure.bench [--repeats 3] [--untuned 1] [--json raw.json] [--quick]
+    python -m tests.measure.bench [--rounds 3] [--full 1] [--json output/bench/figures.json] [--quick]
 
-Each repeat runs the job and tuned plain Keras (``plain_keras.py`` beside this), and the first ``--untuned`` of them
-untuned plain Keras and a second seed of the job, every one a process of its own, in an order that rotates. Standard
-output gets Markdown for docs/, standard error the progress. ``--quick`` only shows that everything runs: its
-figures say nothing.
+Every program and arm is a process of its own. In each round the job and tuned plain Keras (``plain_keras.py`` beside
+this) train frozen and fine_tune in turns, every second round in the other order; the first ``--full`` rounds have
+scratch too, untuned plain Keras, and a second seed of the job. Before and after each process the machine's own speed is
+measured: runs around which it changed are repeated, at most twice, and marked where that did not help.
+Standard output gets Markdown for docs/, standard error the plan and the progress, ``--json`` all figures, those of
+repeated runs too. ``--quick`` only shows that everything runs: its figures say nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +21,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from tests.measure.bench_report import Run, Stretch, report
 from tests.support.real import CATS, WEIGHTS
 from tests.support.running import ROOT, SHARED, environment_of, places, published_in
 
@@ -41,164 +47,117 @@ QUICK = DEFAULT | {
     "TRANSFER_IMAGE_SIZE": "96",
     "TRANSFER_EPOCHS": "2",
 }
-PROGRAMS = ("job", "tuned", "article", "second seed")
 COMPARED = ("data", "features", "training", "evaluation")  # of a result's seconds: what plain Keras does, too
-SECONDS_PER_RUN, SECONDS_PER_RESULT = 15, 5
+ATTEMPTS = 3
+# The machine's speed is the median of at least so many products, which take at least so many seconds.
+SIDE, PRODUCTS, SPEED_SECONDS = 2048, 9, 1.5
+
+# Seconds of whole processes on two quiet cores at 2.5 GHz: what the plan is estimated by, and nothing else.
+EXPECTED = {
+    "job": {"frozen": 27, "fine_tune": 97, "scratch": 272},
+    "tuned": {"frozen": 110, "fine_tune": 260, "scratch": 310},
+    "article": {"frozen": 110, "fine_tune": 260, "scratch": 310},
+    "second seed": {"frozen": 28, "fine_tune": 157},
+}
+EXPECTED_SPEED, EXPECTED_WARM_UP, EXPECTED_STEP_RATES = 3, 25, 240
+
+
+# --- what runs when ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Run:
-    """What one process was measured at.
+class Turn:
+    """One arm in one round: the job and tuned Keras, in this order, and the programs that only follow them."""
 
-    wall: seconds from its start to its end. peak: its largest resident memory, in bytes.
-    seconds, accuracy: of each arm, on the test split. interval: 95% interval of the accuracy; the job's only.
-    """
-
-    wall: float
-    peak: int
-    seconds: dict[str, float]
-    accuracy: dict[str, float]
-    interval: dict[str, tuple[float, float]] = field(default_factory=dict)
-
-    @property
-    def rest(self) -> float:
-        """Seconds outside all that is compared: start-up, planning, export and publishing."""
-        return self.wall - sum(self.seconds.values())
-
-
-@dataclass(frozen=True)
-class Repeat:
-    """The programs of one round; None: not run in it. second_seed: the job's seconds for a further seed of each arm."""
-
-    job: Run
-    tuned: Run
-    article: Run | None = None
-    second_seed: dict[str, float] | None = None
-
-
-@dataclass(frozen=True)
-class Bound:
-    """One sentence that must hold, with its figure in each repeat. The median is held against the limit."""
-
-    sentence: str
-    values: tuple[float, ...]
-    limit: float
-    at_least: bool = False
-    form: str = "{:.1f}"
-
-    @property
-    def holds(self) -> bool:
-        """Whether it was measured and the median is on the right side."""
-        if not self.values:
-            return False
-        return median(self.values) >= self.limit if self.at_least else median(self.values) < self.limit
+    round: int
+    arm: str
+    pair: tuple[str, str]
+    followers: tuple[str, ...] = ()
 
     def line(self) -> str:
-        """Return the sentence, what was measured, and the verdict."""
-        if not self.values:
-            return f"- {self.sentence}: not measured"
-        return f"- {self.sentence}: {spread(self.values, self.form)}: {'yes' if self.holds else 'MISSED'}"
+        """Return the turn in words, with the seconds that are expected of each process."""
+        expected = (f"{program} {EXPECTED[program][self.arm]} s" for program in self.pair + self.followers)
+        return f"  round {self.round + 1}, {self.arm}: {', '.join(expected)}"
+
+    def seconds(self) -> float:
+        """Return what the turn is expected to take, the measuring of the speed included."""
+        speeds = len(self.pair) + 1 + 2 * len(self.followers)
+        return sum(EXPECTED[name][self.arm] for name in self.pair + self.followers) + speeds * EXPECTED_SPEED
 
 
-# --- figures -> Markdown -----------------------------------------------------------------------------------------
-
-
-def spread(values: Sequence[float], form: str = "{:.1f}") -> str:
-    """Return the median, and the least and the largest where there are several."""
-    middle = form.format(median(values))
-    return f"{middle} ({form.format(min(values))} - {form.format(max(values))})" if len(values) > 1 else middle
-
-
-def table(repeats: Sequence[Repeat]) -> str:
-    """Return a row for each arm and one for all together: medians, and ratios formed within each repeat."""
-    columns = ["arm", "job, s", "tuned Keras, s", "tuned / job", "article's Keras, s", "article / job"]
-    columns += ["test accuracy: job", "tuned", "article", "peak memory: job, tuned, article"]
-    arms = list(repeats[0].job.seconds)
-    rows = [[*_row(arm, repeats, _of_arm(arm)), *_accuracies(arm, repeats), ""] for arm in arms]
-    peaks = ", ".join(f"{median(run.peak for run in runs) / 1e9:.2f}" for runs in _by_program(repeats))
-    rows.append([*_row("all", repeats, _of_all), "", "", "", f"{peaks} GB"])
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _by_program(repeats: Sequence[Repeat]) -> list[list[Run]]:
-    found = ([getattr(repeat, name) for repeat in repeats] for name in ("job", "tuned", "article"))
-    return [[run for run in runs if run is not None] for runs in found]
-
-
-def _of_arm(arm: str) -> Callable[[Run], float]:
-    return lambda run: run.seconds[arm]
-
-
-def _of_all(run: Run) -> float:
-    return sum(run.seconds.values())
-
-
-def _row(name: str, repeats: Sequence[Repeat], seconds: Callable[[Run], float]) -> list[str]:
-    cells = [name, f"{median(seconds(repeat.job) for repeat in repeats):.1f}"]
-    for plain in ("tuned", "article"):
-        pairs = [
-            (seconds(run), seconds(repeat.job)) for repeat in repeats if (run := getattr(repeat, plain)) is not None
-        ]
-        cells += [f"{median(p for p, _ in pairs):.1f}", spread([p / j for p, j in pairs])]
-    return cells
-
-
-def _accuracies(arm: str, repeats: Sequence[Repeat]) -> list[str]:
-    job, tuned, article = (median(run.accuracy[arm] for run in runs) for runs in _by_program(repeats))
-    low, high = (median(repeat.job.interval[arm][end] for repeat in repeats) for end in (0, 1))
-    return [f"{job:.3f} ({low:.3f} - {high:.3f})", f"{tuned:.3f}", f"{article:.3f}"]
-
-
-def bounds(repeats: Sequence[Repeat], step_rate: dict[str, dict[str, float]] | None) -> list[Bound]:
-    """Return everything that the job promises of its speed, with what was measured."""
-    faster = [
-        ("frozen", 8.0, _of_arm("frozen")),
-        ("fine_tune", 1.8, _of_arm("fine_tune")),
-        ("the three arms together", 1.3, _of_all),
-    ]
-    found = [
-        Bound(
-            f"{name} at least {limit:g} times faster than tuned Keras",
-            tuple(seconds(repeat.tuned) / seconds(repeat.job) for repeat in repeats),
-            limit,
-            at_least=True,
-        )
-        for name, limit, seconds in faster
-    ]
-    for arm in repeats[0].job.accuracy:
-        widths = [high - low for low, high in (repeat.job.interval[arm] for repeat in repeats)]
-        gains = tuple(repeat.job.accuracy[arm] - repeat.tuned.accuracy[arm] for repeat in repeats)
-        sentence = f"{arm}'s test accuracy minus tuned Keras's, no lower than minus its interval's width"
-        found.append(Bound(f"{sentence} ({median(widths):.3f})", gains, -median(widths), True, "{:+.3f}"))
-    for arm, rate in (step_rate or {"all arms": {}}).items():
-        share = (rate["share"],) if rate else ()
-        found.append(Bound(f"{arm}: share of the bare step rate reached, at least 95%", share, 0.95, True, "{:.1%}"))
-    results = len(repeats[0].job.seconds)
-    limit = SECONDS_PER_RUN + SECONDS_PER_RESULT * results
-    sentence = f"start-up, planning, export and publishing of {results} results under {limit} s"
-    found.append(Bound(sentence, tuple(repeat.job.rest for repeat in repeats), limit))
-    for arm, share in (("frozen", 0.02), ("fine_tune", 0.55)):
-        shares = tuple(repeat.second_seed[arm] / repeat.tuned.seconds[arm] for repeat in repeats if repeat.second_seed)
-        found.append(Bound(f"a second seed of {arm} under {share:.0%} of tuned Keras's", shares, share, form="{:.1%}"))
+def turns(rounds: int, full: int) -> list[Turn]:
+    """Return what is measured, in its order; ``full`` of the rounds have every arm and program."""
+    found = []
+    for number in range(rounds):
+        pair = ("job", "tuned") if number % 2 == 0 else ("tuned", "job")
+        for arm in ("frozen", "fine_tune", "scratch") if number < full else ("frozen", "fine_tune"):
+            followers = [name for name in ("article", "second seed") if number < full and arm in EXPECTED[name]]
+            found.append(Turn(number, arm, pair, tuple(followers)))
     return found
 
 
-def rates(step_rate: dict[str, dict[str, float]]) -> str:
-    """Return the table of step rates, in examples per second."""
-    lines = ["| arm | bare step, examples/s | training, examples/s | share |", "| --- | --- | --- | --- |"]
-    lines += [f"| {arm} | {r['bare']:.0f} | {r['training']:.0f} | {r['share']:.1%} |" for arm, r in step_rate.items()]
-    return "".join(f"{line}\n" for line in lines)
+def expected_seconds(planned: Sequence[Turn]) -> float:
+    """Return what everything is expected to take where nothing is repeated."""
+    return EXPECTED_WARM_UP + sum(turn.seconds() for turn in planned) + EXPECTED_STEP_RATES
 
 
-def report(title: str, repeats: Sequence[Repeat], step_rate: dict[str, dict[str, float]] | None) -> str:
-    """Return all of it as Markdown."""
-    lines = "".join(f"{bound.line()}\n" for bound in bounds(repeats, step_rate))
-    parts = [f"{title}\n", table(repeats), *([rates(step_rate)] if step_rate else []), lines]
-    return "\n".join(parts)
+def plan(planned: Sequence[Turn]) -> str:
+    """Return the plan in words."""
+    processes = sum(len(turn.pair + turn.followers) for turn in planned)
+    head = f"{processes} processes, and more where the machine's speed changes; {expected_seconds(planned) / 60:.0f} "
+    head += "minutes in all on two quiet cores at 2.5 GHz (with --quick, a few):"
+    first, last = f"  a first run: {EXPECTED_WARM_UP} s", f"  the step rates: {EXPECTED_STEP_RATES} s"
+    return "\n".join([head, first, *(turn.line() for turn in planned), last])
+
+
+def steadily(
+    turn: Turn,
+    programs: Sequence[str],
+    run: Callable[[str], Run],
+    speed: Callable[[], float],
+    beside: Sequence[float] = (),
+    attempts: int = ATTEMPTS,
+) -> list[Stretch]:
+    """Run the programs one after the other, again while the machine's speed changes around them.
+
+    Args:
+        turn: The arm and round.
+        programs: Their names, in order.
+        run: Runs one and returns what it was measured at.
+        speed: Measures the machine's speed, in GFLOP/s.
+        beside: Speeds around earlier runs that these are compared with.
+        attempts: The most that is tried.
+
+    Returns:
+        Every attempt. The last one counts; it is ``slow`` where the speed changed in each of them.
+    """
+    found: list[Stretch] = []
+    while len(found) < attempts and (not found or found[-1].slow):
+        runs, speeds = {}, [speed()]
+        for program in programs:
+            runs[program] = run(program)
+            speeds.append(speed())
+        found.append(Stretch(turn.round, turn.arm, runs, tuple(speeds), tuple(beside)))
+        if found[-1].slow:
+            tried = f"try {len(found)} of {attempts}"
+            say(f"a slow stretch in {found[-1].name}: the speed changed by {found[-1].change:.0%}; {tried}")
+    return found
 
 
 # --- measuring ---------------------------------------------------------------------------------------------------
+
+
+def machine_speed() -> float:
+    """Return GFLOP/s in products of two float32 matrices, by all cores that this process may use."""
+    generator = np.random.default_rng(0)
+    one, other = (generator.random((SIDE, SIDE), dtype=np.float32) for _ in range(2))
+    product = np.empty_like(one)
+    seconds: list[float] = []
+    while len(seconds) < PRODUCTS or sum(seconds) < SPEED_SECONDS:
+        start = time.perf_counter()
+        np.matmul(one, other, out=product)
+        seconds.append(time.perf_counter() - start)
+    return 2 * SIDE**3 / median(seconds) / 1e9
 
 
 def machine() -> str:
@@ -256,21 +215,17 @@ def run_job(environment: dict[str, str], folder: Path) -> tuple[Finished, dict[s
     return done, published_in(folder / "output")[1]
 
 
-def compared_seconds(result: dict[str, Any]) -> float:
-    """Return those seconds of a result in the manifest that plain Keras has a counterpart to."""
-    return float(sum(result["seconds"][name] for name in COMPARED))
-
-
-def from_manifest(done: Finished, manifest: dict[str, Any]) -> Run:
-    """Return the figures of a run of the job at one seed and fraction."""
-    results = {result["arm"]: result for result in manifest["results"]}
-    tests = {arm: result["metrics"]["test"] for arm, result in results.items()}
+def from_manifest(done: Finished, manifest: dict[str, Any], seed: int = 0) -> Run:
+    """Return the figures of a run of the job with one arm, its seconds and accuracy those of this seed."""
+    (result,) = (result for result in manifest["results"] if result["seed"] == seed)
+    test = result["metrics"]["test"]
     return Run(
         done.wall,
+        float(sum(result["seconds"][name] for name in COMPARED)),
         done.peak,
-        {arm: compared_seconds(result) for arm, result in results.items()},
-        {arm: test["accuracy"] for arm, test in tests.items()},
-        {arm: tuple(test["accuracy_interval"]) for arm, test in tests.items()},
+        test["accuracy"],
+        manifest["dataset"]["splits"]["test"]["examples"],
+        tuple(test["accuracy_interval"]),
     )
 
 
@@ -280,29 +235,46 @@ def last_json(output: str) -> dict[str, Any]:
 
 
 def run_plain(name: str, environment: dict[str, str], folder: Path) -> Run:
-    """Run one version of plain Keras."""
+    """Run one version of plain Keras with one arm."""
     done = execute(["tests.measure.plain_keras", name], environment, folder / "log")
-    results = last_json(done.output)["results"]
-    seconds, accuracy = ({one["arm"]: one[key] for one in results} for key in ("seconds", "test_accuracy"))
-    return Run(done.wall, done.peak, seconds, accuracy)
+    (result,) = last_json(done.output)["results"]
+    return Run(done.wall, result["seconds"], done.peak, result["test_accuracy"], result["test_examples"])
 
 
-def run_second_seed(environment: dict[str, str], folder: Path) -> dict[str, float]:
-    """Return what seed 1 costs the job after seed 0, for each of the arms that start from trained weights."""
-    two = {"TRANSFER_ARMS": "frozen,fine_tune", "TRANSFER_SEEDS": "0,1"}
-    _, manifest = run_job(environment | two, folder)
-    return {result["arm"]: compared_seconds(result) for result in manifest["results"] if result["seed"] == 1}
-
-
-def description(manifest: dict[str, Any], repeats: int) -> str:
+def description(manifest: dict[str, Any]) -> str:
     """Return one sentence on the machine and the experiment."""
     settings, splits = manifest["settings"], manifest["dataset"]["splits"]
     photos = " / ".join(f"{splits[name]['examples']:,}" for name in ("train", "validation", "test"))
     return (
         f"{machine()}. {manifest['dataset']['name']}, {photos} photos to train on, validate and test, "
         f"{settings['backbone']} at {settings['image_size']} px, {settings['epochs']} epochs, batches of "
-        f"{settings['batch_size']}; medians of {repeats}, in brackets the least and the largest."
+        f"{settings['batch_size']}; medians, in brackets the least and the largest."
     )
+
+
+class Programs:
+    """Runs the programs. title: the experiment in one sentence, once the job has run."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._environment = environment
+        self.title = ""
+
+    def run(self, arm: str, name: str) -> Run:
+        """Run one with one arm, in folders of its own that are removed."""
+        say(f"{name}, {arm}")
+        environment = self._environment | {"TRANSFER_ARMS": arm}
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            if name in ("tuned", "article"):
+                measured = run_plain(name, environment, folder)
+            else:
+                seed = 1 if name == "second seed" else 0
+                seeds = ",".join(map(str, range(seed + 1)))
+                done, manifest = run_job(environment | {"TRANSFER_SEEDS": seeds}, folder)
+                measured = from_manifest(done, manifest, seed)
+                self.title = self.title or description(manifest)
+        say(f"  {json.dumps(asdict(measured))}")
+        return measured
 
 
 def say(text: str) -> None:
@@ -319,62 +291,59 @@ def tolerated(name: str, run: Callable[[], Any]) -> Any:
         return None
 
 
-def measure(environment: dict[str, str], repeats: int, untuned: int, folder: Path, raw: Path | None) -> str:
-    """Run everything, in an order that rotates, and return the report; ``raw`` is rewritten after each repeat."""
-    measured: list[Repeat] = []
-    title = ""
-    for number in range(repeats):
-        figures: dict[str, Any] = {}
-        programs = PROGRAMS if number < untuned else PROGRAMS[:2]
-        first = number % len(programs)
-        for position, name in enumerate(programs[first:] + programs[:first], 1):
-            say(f"repeat {number + 1}/{repeats}, run {position}/{len(programs)}: {name}")
-            own = folder / f"{number}-{name.replace(' ', '-')}"
-            own.mkdir()
-            if name == "job":
-                done, manifest = run_job(environment, own)
-                figures[name], title = from_manifest(done, manifest), description(manifest, repeats)
-            elif name == "second seed":
-                figures[name] = tolerated(name, lambda own=own: run_second_seed(environment, own))
-            else:
-                figures[name] = run_plain(name, environment, own)
-            say(f"  {json.dumps(asdict(figures[name]) if isinstance(figures[name], Run) else figures[name])}")
-        measured.append(Repeat(figures["job"], figures["tuned"], figures.get("article"), figures.get("second seed")))
-        _write(raw, title, measured, None)
-    say("the step rates")
-    log = folder / "step-rate"
-    step_rate = tolerated("step_rate", lambda: last_json(execute(["tests.measure.step_rate"], environment, log).output))
-    _write(raw, title, measured, step_rate)
-    return report(title, measured, step_rate)
+def measure(planned: Sequence[Turn], quick: bool, raw: Path) -> str:
+    """Run everything and return the report; ``raw`` is rewritten after each stretch."""
+    programs, attempts = Programs(QUICK if quick else DEFAULT), 1 if quick else ATTEMPTS
+    measured: list[Stretch] = []
 
-
-def _write(raw: Path | None, title: str, repeats: Sequence[Repeat], step_rate: dict[str, Any] | None) -> None:
-    if raw is not None:
-        figures = {"title": title, "repeats": [asdict(repeat) for repeat in repeats], "step_rate": step_rate}
+    def write(step_rate: dict[str, Any] | None = None) -> None:
+        figures = {"title": programs.title, "stretches": [asdict(one) for one in measured], "step_rate": step_rate}
         raw.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+    write()
+    say("a first run, so that no process that is measured has to fetch the libraries from disk")
+    Programs(QUICK).run("frozen", "job")
+    for turn in planned:
+        run = partial(programs.run, turn.arm)
+        measured += steadily(turn, turn.pair, run, machine_speed, attempts=attempts)
+        write()
+        pair = measured[-1]
+        left = 1 if pair.slow else attempts  # beside a pair that was never steady, no repetition could be
+        for name in turn.followers:
+            follow = partial(steadily, turn, [name], run, machine_speed, pair.speeds, left)
+            measured += tolerated(f"{name} of {turn.arm}", follow) or []
+            write()
+    say("the step rates")
+    with tempfile.TemporaryDirectory() as temporary:
+        command = ["tests.measure.step_rate", *(["--quick"] if quick else [])]
+        step_rate = tolerated("step_rate", lambda: last_json(execute(command, {}, Path(temporary) / "log").output))
+    write(step_rate)
+    return report(programs.title, measured, step_rate)
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.measure.bench", description="the job beside plain Keras")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds of all programs (default: 3)")
+    parser.add_argument("--rounds", type=int, help="rounds of frozen and fine_tune (default: 3; with --quick 1)")
     parser.add_argument(
-        "--untuned", type=int, default=1, help="of these, rounds with untuned Keras and a second seed (default: 1)"
+        "--full", type=int, default=1, help="of these, rounds with scratch, untuned Keras, a second seed (default: 1)"
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the raw figures there")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="where all figures go (default: below output/bench)")
     parser.add_argument("--quick", action="store_true", help="a few photos: shows that it runs, measures nothing")
     options = parser.parse_args(arguments)
-    if not 1 <= options.untuned <= options.repeats:
-        given = f"--repeats {options.repeats} --untuned {options.untuned}"
-        parser.error(f"received {given}, accepted: at least 1 each, and --untuned at most --repeats")
+    rounds = (1 if options.quick else 3) if options.rounds is None else options.rounds
+    if rounds < 1 or not 0 <= options.full <= rounds:
+        given = f"{rounds} rounds, --full {options.full}"
+        parser.error(f"received {given}, accepted: at least 1 round, and --full from 0 to as many as there are rounds")
     if (missing := CATS.missing()) is not None:
         sys.exit(f"cats_vs_dogs cannot be measured: {missing}")
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            text = measure(
-                QUICK if options.quick else DEFAULT, options.repeats, options.untuned, Path(folder), options.json
-            )
-        except ProcessError as error:
-            sys.exit(str(error))
+    raw = options.json or ROOT / "output" / "bench" / ("quick.json" if options.quick else "figures.json")
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    planned = turns(rounds, options.full)
+    say(plan(planned))
+    try:
+        text = measure(planned, options.quick, raw)
+    except ProcessError as error:
+        sys.exit(str(error))
     sys.stdout.write(text)
 
 

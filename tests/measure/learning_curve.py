@@ -19,7 +19,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from tests.measure.bench import DEFAULT, QUICK, ProcessError, execute, machine, run_job, say, spread
+from tests.measure.bench import DEFAULT, QUICK, ProcessError, execute, machine, run_job, say
+from tests.measure.bench_report import spread
 from tests.support.real import CATS
 
 FRACTIONS = "0.02,0.1,0.5,1.0"

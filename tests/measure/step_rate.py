@@ -1,18 +1,20 @@
 """What share of its bare step rate each arm's training reaches, on cats_vs_dogs; a few minutes on two cores.
 
-    python -m tests.measure.step_rate    ends in one line of JSON: {arm: {"bare": ..., "training": ..., "share": ...}}
+    python -m tests.measure.step_rate [--quick]
 
-The bare rate is that of the same compiled step on one batch that is there already. Epochs of training and as many bare
-steps alternate; rates are medians in examples per second, the share is the median over the pairs.
+It ends in one line of JSON: {arm: {"bare": ..., "training": ..., "share": ...}}. The bare rate is that of the same
+compiled step on one batch that is there already. Epochs of training and as many bare steps alternate; rates are medians
+in examples per second, the share is the median over the pairs. ``--quick`` only shows that it runs.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -31,7 +33,7 @@ from job.training.epochs import PhaseRun
 from job.training.feeds import Feeder, Residents
 from job.training.stages import Stage
 from job.training.steps import Steps
-from tests.measure.bench import DEFAULT
+from tests.measure.bench import DEFAULT, QUICK
 from tests.support.real import CATS
 
 PAIRS = {"scratch": 3, "frozen": 40, "fine_tune": 5}
@@ -80,10 +82,13 @@ def prepared(folder: Path, **changes: str) -> tuple[Plan, Experiment, npt.NDArra
     return plan, Experiment(plan, pixels, 0.0, folder, console.Console(None)), np.arange(len(pixels["train"]))
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.measure.step_rate", description="shares of bare step rates")
+    parser.add_argument("--quick", action="store_true", help="a few photos: shows that it runs, measures nothing")
+    changes = QUICK if parser.parse_args(arguments).quick else {}
     found = {}
     with tempfile.TemporaryDirectory() as name:
-        plan, experiment, index = prepared(Path(name))
+        plan, experiment, index = prepared(Path(name), **changes)
         for arm, pairs in PAIRS.items():
             trainer, stages = experiment.prepare(ARMS[arm], index, seed=0)
             steps = trainer.steps(stages[-1])
@@ -94,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from job.settings.cluster import Cluster, parse
+from job.settings.cluster import Cluster, image_of, parse
 
 WORKERS = {"worker": ["a.pool:2222", "b.pool:2222", "[::1]:80"]}
 CHIEF = {"chief": ["a:1"], "worker": ["b:1", "c:1"]}
@@ -98,3 +98,20 @@ def test_a_malformed_one_is_refused_with_what_is_wrong(text: str, says: str) -> 
     with pytest.raises(ValueError, match=r"^(its|it is|it has) ") as error:
         parse(text)
     assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("cluster_spec", "image"),
+    [
+        ('{"job": {"workerPoolSpecs": [{"containerSpec": {"imageUri": "job@sha256:ab"}}]}}', "job@sha256:ab"),
+        ("{}", None),
+        ("", None),
+        ("{", None),
+        ('{"job": []}', None),
+        ('{"job": {"workerPoolSpecs": []}}', None),
+        ('{"job": {"workerPoolSpecs": [{"pythonPackageSpec": {}}]}}', None),
+        ("[" * 100_000, None),
+    ],
+)
+def test_vertex_ais_specification_names_the_image(cluster_spec: str, image: str | None) -> None:
+    assert image_of(cluster_spec) == image

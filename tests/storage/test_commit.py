@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,13 +18,14 @@ import pytest
 
 from job.errors import ConfigError, UnavailableError
 from job.manifest import Manifest, Result
-from job.storage.commit import Finished, Outcome, Pending, commit, existing, finish, read_manifest, upload_tree
+from job.storage.commit import Outcome, begin, commit, existing, finish, read_manifest
+from job.storage.finished import Finished, Pending, upload_tree
 from job.storage.local import LocalStore
 from job.storage.locations import open_store
 from job.storage.store import Store, checksums
 from job.storage.verification import verify
 from tests.support.refusals import refused
-from tests.support.small_runs import FILES, FINGERPRINT, MODEL, manifest, publish, write_tree
+from tests.support.small_runs import FILES, FINGERPRINT, manifest, publish, write_tree
 
 OTHER = "cd" * 32
 NAMES = {*FILES, "manifest.json"}
@@ -159,21 +161,60 @@ def gone() -> None:
     raise SystemExit("gone")
 
 
-def started(store: Store, tree: Path, fingerprint: str) -> str:
-    """Do what a process that starts does: complete a commit, verify, or publish; return how it ended."""
+def started(store: Store, tree: Path, fingerprint: str, trained: set[str] | None = None) -> str:
+    """Do what a process that starts does: complete a commit, verify, or train and publish; return how it ended."""
     try:
-        if not finish(store, fingerprint) and not existing(store, fingerprint):
+        if not begin(store, fingerprint):
+            if trained is not None:
+                trained.add(fingerprint)
             publish(store, tree, fingerprint=fingerprint)
     except ConfigError:
         return "refused"
     return "published"
 
 
+def leave_a_commit(folder: Path, tree: Path, fingerprint: str) -> None:
+    """Leave what a process left behind that was killed right after it had decided."""
+    elsewhere = folder.with_name(f"{folder.name}-left")
+    Dying.left = 2  # the fingerprint and the commit; files are stored by put, which is not counted
+    with pytest.raises(SystemExit):
+        started(Dying(elsewhere, "TRANSFER_OUTPUT_URI"), tree, fingerprint)
+    left = LocalStore(elsewhere, "TRANSFER_OUTPUT_URI")
+    assert left.read("checkpoints/commit.json") is not None
+    shutil.copytree(elsewhere, folder, dirs_exist_ok=True)
+
+
+BEGINNINGS = {
+    "nothing": (),
+    "begun": ("begun",),
+    "published": ("published",),
+    "published, and a commit left behind": ("published", "committed"),
+    "published, and another's commit left behind": ("published", "committed by another"),
+}
+
+
+def prepare(beginning: str, folder: Path, one: Path, other: Path) -> Path:
+    """Make a folder in which so much has happened; return it."""
+    store = LocalStore(folder, "TRANSFER_OUTPUT_URI")
+    for happened in BEGINNINGS[beginning]:
+        match happened:
+            case "begun":
+                assert not begin(store, FINGERPRINT)
+            case "published":
+                assert started(store, one, FINGERPRINT) == "published"
+            case "committed":
+                leave_a_commit(folder, one, FINGERPRINT)
+            case _:
+                leave_a_commit(folder, other, OTHER)
+    return folder
+
+
 @pytest.mark.parametrize("second", [FINGERPRINT, OTHER], ids=["the same", "another"])
 @pytest.mark.parametrize("killed", [False, True])
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 5])
+@pytest.mark.parametrize("beginning", BEGINNINGS)
 def test_whatever_two_processes_do_between_each_others_steps_one_sound_run_is_published_and_stays(
-    tmp_path: Path, second: str, killed: bool, step: int
+    tmp_path: Path, beginning: str, second: str, killed: bool, step: int
 ) -> None:
     """Every step of one process against every step of another, which is killed before one of its own or not.
 
@@ -182,30 +223,34 @@ def test_whatever_two_processes_do_between_each_others_steps_one_sound_run_is_pu
     """
     one, other = write_tree(tmp_path / "one", b"one"), write_tree(tmp_path / "other", b"other")
 
-    whole = Interrupted(tmp_path / "count")
+    whole = Interrupted(prepare(beginning, tmp_path / "count", one, other))
     assert started(whole, one, FINGERPRINT) == "published"
     number, pairs = next(whole.calls), 0
     for at in range(0, number, step):
         for dies in range(1, number, step) if killed else (sys.maxsize,):
-            folder = tmp_path / f"run-{at}-{dies}"
+            folder = prepare(beginning, tmp_path / f"run-{at}-{dies}", one, other)
+            trained: set[str] = set()
 
-            def interrupt(folder: Path = folder, dies: int = dies) -> None:
+            def interrupt(folder: Path = folder, dies: int = dies, trained: set[str] = trained) -> None:
                 with suppress(SystemExit):
-                    started(Interrupted(folder, {dies: gone}), other, second)
+                    started(Interrupted(folder, {dies: gone}), other, second, trained)
 
-            started(Interrupted(folder, {at: interrupt}), one, FINGERPRINT)
+            started(Interrupted(folder, {at: interrupt}), one, FINGERPRINT, trained)
             plain = LocalStore(folder, "TRANSFER_OUTPUT_URI")
             first = read_manifest(plain)
             before = plain.read("manifest.json")
-            again = {started(plain, other, second), started(plain, one, FINGERPRINT)}
+            again = {started(plain, other, second, trained), started(plain, one, FINGERPRINT, trained)}
             assert "published" in again
             assert again == {"published"} or second == OTHER
             assert verify(str(folder)) == []
             if first is not None:
                 assert plain.read("manifest.json") == before
-            assert set(plain.list()) == NAMES or second == OTHER
+            assert set(plain.list()) == NAMES or second == OTHER or "another" in beginning
+            # two experiments under one id: the second learns it before it trains
+            assert len(trained) <= 1
             pairs += 1
     assert pairs >= number // step
+    print(f"{beginning}, {second[:2]}, killed {killed}: {pairs} pairs of steps")  # noqa: T201 - shown by -s
 
 
 def test_a_commit_whose_files_are_gone_is_replaced(store: Store, tree: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -224,12 +269,6 @@ def test_a_commit_whose_files_are_gone_is_replaced(store: Store, tree: Path, cap
     assert outcome is Outcome.PUBLISHED
     assert "names files that are gone" in caplog.text
     assert_sound(store, record)
-
-
-def test_the_best_model_lies_where_the_platform_wants_it(store: Store, tree: Path, tmp_path: Path) -> None:
-    models = open_store(str(tmp_path / "models"), "AIP_MODEL_DIR")
-    publish(store, tree, models)
-    assert set(models.list()) == {name.removeprefix(f"{MODEL}/") for name in FILES if name.startswith(MODEL)}
 
 
 def test_another_experiment_under_this_id_is_a_wrong_setting(store: Store, tree: Path) -> None:

@@ -25,7 +25,8 @@ from google.auth.compute_engine import detect_gce_residency_linux as on_google
 from job.storage.locations import open_store
 from tests.support import servers
 from tests.support.running import ROOT
-from tests.support.servers import faulty_proxy, free_port, refusing_port
+from tests.support.servers import faulty_proxy, free_port
+from tests.support.unreachable import refusing_port, silent_port
 
 TOKEN = "planted-access-token"  # noqa: S105  (it opens nothing)
 # Anything under gserviceaccount.com would make google.auth ask Google where the account may be used.
@@ -277,6 +278,14 @@ def test_a_key_that_was_revoked_is_refused_at_once(tmp_path: Path) -> None:
 
 def test_a_token_service_out_of_reach_is_worth_a_later_try(tmp_path: Path) -> None:
     with refusing_port() as port:
+        (tmp_path / "key.json").write_text(key_file(Cloud(port)))
+        code, said = found(tmp_path, 3, GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path / "key.json"))
+    assert code == 74
+    assert "no answer from the service that gives tokens within 3 s" in said
+
+
+def test_a_token_service_that_is_silent_is_worth_a_later_try(tmp_path: Path) -> None:
+    with silent_port() as port:
         (tmp_path / "key.json").write_text(key_file(Cloud(port)))
         code, said = found(tmp_path, 3, GOOGLE_APPLICATION_CREDENTIALS=str(tmp_path / "key.json"))
     assert code == 74

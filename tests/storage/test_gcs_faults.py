@@ -12,7 +12,7 @@ import pytest
 from job.errors import UnavailableError
 from job.storage.locations import open_store
 from job.storage.store import Store, checksums
-from tests.support.servers import FAULTS, REFUSALS, FaultyProxy
+from tests.support.servers import FAULTS, LOST_SESSIONS, REFUSALS, FaultyProxy
 
 VARIABLE = "TRANSFER_OUTPUT_URI"
 SHORT = 1.0
@@ -159,6 +159,46 @@ def test_a_large_upload_that_arrives_damaged_is_sent_again(
     fault: str, proxy: FaultyProxy, place: str, tmp_path: Path
 ) -> None:
     put_large(9, place, tmp_path, proxy, fault)
+
+
+@pytest.mark.parametrize("fault", LOST_SESSIONS)
+def test_a_large_upload_whose_session_is_lost_begins_a_new_one(
+    fault: str, proxy: FaultyProxy, place: str, tmp_path: Path
+) -> None:
+    put_large(20, place, tmp_path, proxy, fault, after=1)  # of the first chunk
+    sent = [(request.method, request.range) for request in proxy.received if "/upload/" in request.path]
+    first, second = (("PUT", f"bytes {a * MIB}-{b * MIB - 1}/{20 * MIB}") for a, b in ((0, 16), (16, 20)))
+    assert sent == [("POST", ""), first, second] * 2
+
+
+@pytest.mark.parametrize("fault", LOST_SESSIONS)
+def test_a_session_lost_again_and_again_is_reported_as_unavailable(
+    fault: str, proxy: FaultyProxy, place: str, tmp_path: Path
+) -> None:
+    (tmp_path / "large").write_bytes(bytes(9 * MIB))
+    store = open_store(place, VARIABLE, SHORT)
+    proxy.plan(fault)
+    with pytest.raises(UnavailableError, match=rf"could not write within 1 s \(HTTP {LOST_SESSIONS[fault]}\)"):
+        store.put("large", tmp_path / "large")
+    assert 3 < proxy.happened[fault] < 100
+    assert store.list() == {}
+
+
+@pytest.mark.slow
+def test_a_session_that_is_lost_after_the_limit_is_followed_by_another(
+    proxy: FaultyProxy, place: str, tmp_path: Path
+) -> None:
+    proxy.delay = LONG / 3  # a request may take half of it
+    put_large(36, place, tmp_path, proxy, "end_session", after=2)  # of three chunks
+
+
+def test_a_new_session_too_creates_only_what_is_not_there(proxy: FaultyProxy, place: str) -> None:
+    store, data = open_store(place, VARIABLE, LONG), bytes(9 * MIB)
+    proxy.plan("end_session", 1)
+    assert store.create("large", data)
+    begun = [request.path for request in proxy.received if request.method == "POST"]
+    assert len(begun) == 2
+    assert all("ifGenerationMatch=0" in path for path in begun)  # the server itself does not look at it in sessions
 
 
 def test_many_threads_get_through_a_mixture_of_faults(proxy: FaultyProxy, place: str) -> None:

@@ -55,6 +55,8 @@ def test_what_is_put_is_read_listed_and_deleted(store: Store, tmp_path: Path) ->
     store.delete("c")
     store.delete("c")
     assert list(store.list()) == ["a/b.json"]
+    assert not store.is_empty()
+    assert store.child("b").is_empty()
 
 
 def test_what_is_not_there_is_none_in_reading_and_an_error_in_copying(store: Store, tmp_path: Path) -> None:

