@@ -61,11 +61,12 @@ def _work(*, plan_only: bool) -> int:
 
         # what plan measures, one worker measures for itself
         machine = runtime.start(chosen.runtime, chosen.platform, alone=plan_only)
-    logger.info("training on %s, %s", ", ".join(machine.devices), machine.arithmetic)
-    if plan_only:
-        run.plan(chosen, machine, screen)
-    else:
-        run.run(chosen, machine, screen, began)
+    with machine.replicas.ending_alike():
+        logger.info("training on %s, %s", ", ".join(machine.devices), machine.arithmetic)
+        if plan_only:
+            run.plan(chosen, machine, screen)
+        else:
+            run.run(chosen, machine, screen, began)
     return 0
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,23 +13,20 @@ import keras
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
+from tensorflow.python.eager import context
 
 from job import stopping
-from job.errors import ConfigError, UnavailableError, first_line
+from job.errors import ConfigError, Stopped, UnavailableError, first_line
+from job.machine.peers import Watch, meet
 from job.settings.cluster import Cluster
 
 logger = logging.getLogger(__name__)
 
-# A lost worker has to end the others within 30 s: it is missed for at most twice _SECONDS_BETWEEN_LOOKS and
-# _SECONDS_TO_ANSWER each, and _SECONDS_TO_END are left to save what is held.
-_SECONDS_BETWEEN_LOOKS = 4.0
-_SECONDS_TO_ANSWER = 3.0
-_LOOKS = 2
-_SECONDS_TO_END = 10.0
-# Until all workers have met.
-_SECONDS_BETWEEN_TRIES = 1.0
-_LOOKS_PER_LINE = 60
-_NAMED = 5  # of many workers, this many are named in a message
+# From when all workers are there until TensorFlow has joined them: it first takes hold of the GPUs.
+_SECONDS_TO_JOIN = 60
+# Until all have heard of a stop that is told to them.
+_SECONDS_TO_SPREAD = 0.5
+_STOP = "job/stop"  # its name in TensorFlow's coordination service
 # What TensorFlow raises, from whatever call comes next, once a worker has gone.
 _LOSSES = (
     tf.errors.UnavailableError,
@@ -60,18 +55,21 @@ class Replicas:
         strategy: tf.distribute.Strategy | None = None,
         cluster: Cluster | None = None,
         devices: Sequence[str | None] = (None,),
+        watch: Watch | None = None,
     ) -> None:
-        """Take a strategy over the ``devices`` of every worker of ``cluster``; none for one device of one worker."""
+        """Take a strategy over the ``devices`` of every worker of ``cluster``; none for one device of one worker.
+
+        With a cluster there is a ``watch`` over the other workers.
+        """
         self._strategy = strategy
         self.workers = len(cluster.addresses) if cluster else 1
         self.worker = cluster.index if cluster else 0
         self.local = len(devices)
         self._devices = devices
         self._compiled: dict[Function, _OnEach] = {}
-        self._watch: _Watch | None = None
-        if strategy and cluster:
+        self._watch = watch
+        if strategy and watch:
             self._exchange = self._exchanger(strategy)
-            self._watch = _Watch(cluster.peers)
 
     @property
     def count(self) -> int:
@@ -197,25 +195,47 @@ class Replicas:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Run the block with the other workers, and leave it with them; their loss ends it.
+        """Run the block with the other workers, and leave it when all do; to be called once, as the last."""
+        yield
+        if self._watch:
+            # the chief may publish for minutes: whoever left before would be missed
+            self._watch.end()
+            self.gather(b"")
+
+    @contextlib.contextmanager
+    def ending_alike(self) -> Iterator[None]:
+        """Run a block that the other workers run too, and end as they do where they are lost or one is asked to stop.
 
         Raises:
-            UnavailableError: a worker has gone, as TensorFlow found while it waited for it. Where nothing is waited
-                for, a thread finds out, and asks this process to stop.
+            UnavailableError: a worker has gone. TensorFlow finds it while it waits for it; where nothing is waited for,
+                a thread does, and has this process stop.
+            Stopped: this worker or another was asked to stop.
         """
         if self._watch is None:
             yield
             return
-        self._watch.start()
         try:
-            yield
-            # the chief may publish for minutes: whoever left before would be missed
-            self._watch.end()
-            self.gather(b"")
-        except _LOSSES as error:
-            raise _lost(error) from error
-        finally:
-            self._watch.end()
+            with stopping.when_asked(self._tell):
+                yield
+        except (*_LOSSES, RuntimeError) as error:
+            # pybind11 makes one of its own of a stop that comes while TensorFlow's exception is made
+            if not isinstance(error, _LOSSES) and Stopped.__name__ not in str(error):
+                raise
+            # who was asked to stop does not wait for the others
+            if stopping.asked_to_stop() and not self._watch.lost:
+                self._tell()
+                stopping.stop()
+            raise _lost(first_line(error)) from error
+        except Stopped as stop:
+            if self._watch.lost:
+                raise _lost("it no longer answers") from stop
+            self._tell()
+            raise
+
+    def _tell(self) -> None:
+        """Have the other workers stop too, if this one was asked to."""
+        if stopping.asked_to_stop() and self._watch and not self._watch.lost:
+            _tell_stop(self.worker)
 
     def _exchanger(self, strategy: tf.distribute.Strategy) -> Callable[[_Numbers], _Numbers]:
         def add(numbers: tf.Tensor) -> tf.Tensor:
@@ -238,94 +258,71 @@ def connect(cluster: Cluster | None, devices: Sequence[str]) -> Replicas:
     """Return the replicas on ``devices`` of this process, and on those of the other workers, once all are there.
 
     With workers, it has to come before anything that TensorFlow computes.
+
+    Raises:
+        ConfigError: this worker's port cannot be used, or the others have another number of devices.
+        UnavailableError: a worker is missing, or went away meanwhile.
+        Stopped: this worker was asked to stop, or another that has joined.
     """
     if cluster is not None:
-        # chief and workers become one job, in which worker 0 is the chief: it is the same to TensorFlow
-        spec = tf.train.ClusterSpec({"worker": list(cluster.addresses)})
-        resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
-            spec, task_type="worker", task_id=cluster.index, rpc_layer="grpc"
-        )
-        _meet(cluster)
+        found = meet(cluster)
+        watch = Watch({peer: found[peer] for peer in cluster.peers})
         try:
-            strategy = tf.distribute.MultiWorkerMirroredStrategy(resolver)
-            replicas = Replicas(strategy, cluster, strategy.extended.worker_devices)
-            replicas.agree("TF_CONFIG", "the number of devices", str(replicas.local))
+            strategy = _join(cluster)
         except _LOSSES as error:
-            raise _lost(error) from error
-        stopping.heed_again()
+            raise _lost(first_line(error)) from error
+        except Stopped:
+            _tell_stop(cluster.index)
+            raise
+        threading.Thread(target=_heed_others, args=[cluster.index], name="stop of others", daemon=True).start()
+        watch.start()
+        replicas = Replicas(strategy, cluster, strategy.extended.worker_devices, watch)
+        with replicas.ending_alike():
+            stopping.heed_again()
+            replicas.agree("TF_CONFIG", "the number of devices", str(replicas.local))
         return replicas
     if len(devices) > 1:
         return Replicas(tf.distribute.MirroredStrategy(list(devices)), None, devices)
     return Replicas()
 
 
-def _meet(cluster: Cluster) -> None:
-    """Wait until the peers are there, as long as it takes: a platform starts machines as it gets them.
-
-    TensorFlow would wait too, but without a word, and a request to stop would go unheard.
-    """
-    _, _, port = cluster.addresses[cluster.index].rpartition(":")
-    told = {"worker": cluster.index, "workers": len(cluster.addresses)}
-    logger.info("this is worker %d of %d", cluster.index, len(cluster.addresses), extra=told)
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    try:
-        listener = socket.create_server(("", int(port)), family=family, dualstack_ipv6=family == socket.AF_INET6)
-    except OSError as error:
-        raise ConfigError.of(
-            "TF_CONFIG",
-            f"port {port} of this worker cannot be used: {error.strerror}; end what uses it, or give another",
-        ) from error
-    with listener:
-        missing = list(cluster.peers)
-        for looks in itertools.count():
-            missing = [peer for peer in missing if not _answers(peer)]
-            if not missing:
-                return
-            if looks % _LOOKS_PER_LINE == 0:
-                named = ", ".join(f"{host}:{port}" for host, port in missing[:_NAMED])
-                logger.info("waiting for %d other workers: %s", len(missing), named, extra=told)
-            stopping.stop_if_asked()
-            time.sleep(_SECONDS_BETWEEN_TRIES)
+def _join(cluster: Cluster) -> tf.distribute.Strategy:
+    # chief and workers become one job, in which worker 0 is the chief: it is the same to TensorFlow
+    spec = tf.train.ClusterSpec({"worker": list(cluster.addresses)})
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        spec, task_type="worker", task_id=cluster.index, rpc_layer="grpc"
+    )
+    # as the strategy does where nobody has, but for the time: it would wait for an hour
+    job = context.coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=len(cluster.addresses))
+    context.context().configure_coordination_service(
+        service_type="standalone",
+        service_leader="/job:worker/replica:0/task:0",
+        cluster_register_timeout_in_ms=1000 * _SECONDS_TO_JOIN,
+        coordinated_jobs=[job],
+    )
+    context.context().coordination_service.cluster_register_with_barrier = True
+    return tf.distribute.MultiWorkerMirroredStrategy(resolver)
 
 
-def _lost(error: Exception) -> UnavailableError:
+def _tell_stop(worker: int) -> None:
+    # whoever is not joined has nobody to tell, and a second one has nothing new to tell
+    with contextlib.suppress(tf.errors.OpError):
+        with contextlib.suppress(tf.errors.AlreadyExistsError):
+            context.context().set_config_key_value(_STOP, str(worker))
+        time.sleep(_SECONDS_TO_SPREAD)
+
+
+def _heed_others(worker: int) -> None:
+    # the call ends when somebody is told to stop, or TensorFlow gives up
+    with contextlib.suppress(tf.errors.OpError):
+        told = context.context().get_config_key_value(_STOP)
+        if int(told) != worker and not stopping.asked_to_stop():
+            logger.info("worker %s was asked to stop, so this one stops too", told)
+            stopping.ask(f"worker {told} was asked to stop", stopping.GRACE_SECONDS)
+
+
+def _lost(found: str) -> UnavailableError:
     return UnavailableError(
         "another worker has gone, so this one ends too: start all of them again with the same settings, and they go on "
-        f"from the last checkpoint ({first_line(error)[:200]})"
+        f"from the last checkpoint ({found[:200]})"
     )
-
-
-class _Watch:
-    """Asks the process to stop once a peer is no longer there, however little is exchanged with it.
-
-    TensorFlow notices within 10 s, but tells only whoever waits for the lost worker. Decoding or publishing can take
-    minutes.
-    """
-
-    def __init__(self, peers: Sequence[tuple[str, int]]) -> None:
-        self._peers = peers
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="peers", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def end(self) -> None:
-        self._over.set()
-
-    def _look(self) -> None:
-        missed = dict.fromkeys(self._peers, 0)
-        while not self._over.wait(_SECONDS_BETWEEN_LOOKS):
-            for peer in self._peers:
-                missed[peer] = 0 if _answers(peer) else missed[peer] + 1
-                if missed[peer] >= _LOOKS and not self._over.is_set():
-                    logger.error("the worker at %s:%d has gone, so this one ends too", *peer)
-                    stopping.ask("a worker has gone", _SECONDS_TO_END)
-                    return
-
-
-def _answers(address: tuple[str, int]) -> bool:
-    """Return whether somebody listens there: a connection is made and closed, which gRPC servers do not mind."""
-    with contextlib.suppress(OSError), socket.create_connection(address, timeout=_SECONDS_TO_ANSWER):
-        return True
-    return False

@@ -76,7 +76,8 @@ def start(settings: RuntimeSettings, platform: PlatformSettings | None = None, *
     Raises:
         ConfigError: a device does not compute what NumPy does, a GPU was to be had and cannot be used, XLA or half
             precision is asked for and cannot be had, or the workers do not fit each other.
-        UnavailableError: a worker went away while they met.
+        UnavailableError: a worker was missing, or went away while they met.
+        Stopped: this worker was asked to stop, or another that had met the others.
     """
     platform = platform or PlatformSettings()
     gpus = tf.config.list_physical_devices("GPU")
@@ -90,6 +91,13 @@ def start(settings: RuntimeSettings, platform: PlatformSettings | None = None, *
     cluster = None if alone else platform.cluster
     devices = () if cluster else _logical_devices()
     replicas = connect(cluster, devices)
+    with replicas.ending_alike():
+        return _prepared(settings, platform, gpus, replicas)
+
+
+def _prepared(
+    settings: RuntimeSettings, platform: PlatformSettings, gpus: list[tf.config.PhysicalDevice], replicas: Replicas
+) -> Runtime:
     kind = "GPU" if gpus else "CPU"
     several = replicas.count > 1 or platform.cluster is not None
     proofs = [prove(f"{kind}:{number}") for number in range(replicas.local)]

@@ -30,8 +30,12 @@ def config(cluster: Any, kind: Any = "worker", index: Any = 0) -> str:
             '{"environment": "cloud", "job": {}, "cluster": {"chief": ["a:1"]}, "task": {"type": "chief", "index": 0}}',
             None,
         ),
+        ('{"environment": "cloud", "cluster": {}, "job": {"args": ["a:1"]}, "task": {}}', None),
         (config({"worker": ["a:1"]}), None),
+        (config({"worker": ["a:1"], "ps": []}), None),
+        (config({}), None),
         ('{"cluster": {}}', None),
+        ('{"environment": "cloud"}', None),
         ("{}", None),
     ],
 )
@@ -42,6 +46,13 @@ def test_the_workers_are_numbered_chief_first(text: str, expected: Cluster | Non
 def test_the_chief_looks_after_all_and_all_after_the_chief() -> None:
     assert parse(config(WORKERS)).peers == (("b.pool", 2222), ("::1", 80))  # type: ignore[union-attr]
     assert parse(config(WORKERS, index=2)).peers == (("a.pool", 2222),)  # type: ignore[union-attr]
+
+
+def test_each_knows_itself_from_all_others() -> None:
+    second = parse(config(WORKERS, index=1))
+    assert second is not None
+    assert second.own == ("b.pool", 2222)
+    assert second.others == (("a.pool", 2222), ("::1", 80))
 
 
 @pytest.mark.parametrize(
@@ -55,22 +66,36 @@ def test_the_chief_looks_after_all_and_all_after_the_chief() -> None:
         (config({"worker": ["a:1", "b:70000"]}), "not host:port"),
         (config({"worker": ["a:1", ""]}), "not host:port"),
         (config({"worker": ["a:1", 2]}), "not host:port"),
-        (config({"worker": ["a:1", "a:1"]}), "twice"),
+        (config({"worker": ["a:1", "a:1"]}), "'a:1'"),
+        (config({"worker": ["a:1", "b:1", "A:01"]}), "twice ('A:01')"),
+        (config({"chief": ["a:1"], "worker": ["a:1", "b:1"]}), "the chief too"),
         (config({"chief": ["a:1", "b:1"]}, "chief"), "2 chiefs"),
         (config(CHIEF | {"ps": ["d:1"]}), "'ps'"),
         (config(CHIEF | {"evaluator": ["d:1"]}, "evaluator"), "'evaluator'"),
-        (json.dumps({"cluster": CHIEF}), "which of the cluster's workers"),
-        (json.dumps({"cluster": CHIEF, "task": {"type": "worker"}}), "which of the cluster's workers"),
+        (config(CHIEF, "evaluator"), "'evaluator', of which its cluster has none; accepted: chief 0, worker 0 to 1"),
+        (config(CHIEF, ["worker"]), "of which its cluster has none"),
+        (json.dumps({"cluster": CHIEF}), "no task.type and task.index"),
+        (json.dumps({"cluster": CHIEF, "task": {}}), "no task.type and task.index"),
+        (json.dumps({"cluster": CHIEF, "task": {"type": "worker"}}), "no task.index:"),
+        (json.dumps({"cluster": CHIEF, "task": {"index": 0}}), "no task.type:"),
+        # a cluster of one says no less who it is
+        (json.dumps({"cluster": {"worker": ["a:1"]}}), "no task.type and task.index"),
+        (config({"chief": ["a:1"]}), "accepted: chief 0"),
+        (config({"chief": ["a:1"]}, "chief", 1), "index '1'"),
+        (json.dumps({"task": {"type": "worker", "index": 1}}), "no cluster of that many"),
+        (json.dumps({"sparseCluster": WORKERS, "task": {"type": "worker", "index": 0}}), "'sparseCluster'"),
+        (json.dumps({"clutser": CHIEF, "task": {"type": "chief", "index": 0}}), "'clutser'"),
         (config(WORKERS, "chief"), "of type 'chief'"),
-        (config(WORKERS, index=3), "index '3'"),
+        (config(WORKERS, index=3), "index '3', but its cluster has 3 worker tasks; accepted: worker 0 to 2"),
         (config(WORKERS, index=-1), "index '-1'"),
+        (config(WORKERS, index="9" * 5000), "index '9"),
         (config(WORKERS, index="$(WORKER_INDEX)"), "WORKER_INDEX"),
         (config(WORKERS, index=True), "index 'True'"),
         (config(WORKERS, index=0.0), "index '0.0'"),
     ],
 )
 def test_a_malformed_one_is_refused_with_what_is_wrong(text: str, says: str) -> None:
-    with pytest.raises(ValueError, match=r"its|it is") as error:
+    with pytest.raises(ValueError, match=r"^(its|it is|it has) ") as error:
         parse(text)
     assert says in str(error.value)
 

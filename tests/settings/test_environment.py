@@ -159,7 +159,7 @@ MALFORMED = [
     ({"TF_CONFIG": "[" * 100_000}, "not valid JSON"),
     ({"TF_CONFIG": "[]"}, "not a JSON object"),
     ({"TF_CONFIG": '{"cluster": ["a:1"]}'}, "addresses"),
-    ({"TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}}'}, "which of the cluster's workers this one is"),
+    ({"TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]}}'}, "no task.type and task.index"),
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from tests.support.kills import Running
@@ -36,13 +36,19 @@ def tf_config(ports: list[int], index: int, *, chief: bool = False) -> str:
 
 
 @contextmanager
-def group(*environments: Mapping[str, str], chief: bool = False) -> Iterator[list[Running]]:
-    """Start one process for each environment, as workers that train together; end those that are left."""
+def group(
+    *environments: Mapping[str, str], chief: bool = False, missing: Sequence[int] = ()
+) -> Iterator[list[Running]]:
+    """Start one process for each environment, as workers that train together; end those that are left.
+
+    missing: indices of those that are not started.
+    """
     ports = [free_port() for _ in environments]
     workers = []
     try:
         for index, environment in enumerate(environments):
-            workers.append(start(dict(environment) | {"TF_CONFIG": tf_config(ports, index, chief=chief)}))
+            if index not in missing:
+                workers.append(start(dict(environment) | {"TF_CONFIG": tf_config(ports, index, chief=chief)}))
         yield workers
     finally:
         for worker in workers:
