@@ -12,6 +12,7 @@ from job.errors import ConfigError
 from job.settings.environment import (
     Settings,
     Variable,
+    bound_threads,
     fingerprint,
     load,
     log_format,
@@ -465,6 +466,13 @@ def test_tensorflow_is_quietened_unless_told_otherwise() -> None:
     quiet_tensorflow(unset)
     quiet_tensorflow(told)
     assert (unset, told) == ({"TF_CPP_MIN_LOG_LEVEL": "2"}, {"TF_CPP_MIN_LOG_LEVEL": "0"})
+
+
+def test_pools_have_as_many_threads_as_there_are_cpus_unless_told_otherwise() -> None:
+    environ = {"OMP_NUM_THREADS": "7"}
+    bound_threads(3, environ)
+    three = dict.fromkeys(("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OPENBLAS_NUM_THREADS"), "3")
+    assert environ == three | {"OMP_NUM_THREADS": "7"}
 
 
 def test_a_settings_error_and_the_table_need_neither_tensorflow_nor_keras() -> None:
