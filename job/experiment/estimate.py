@@ -98,7 +98,12 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "results": len(training.arms) * len(fractions) * len(training.seeds),
         "steps": dict.fromkeys(training.arms, batches * training.epochs * len(training.seeds)),
         "disk": {"needed": needed, "free": free},
-        "memory": {"needed": plan.memory.needed, "limit": plan.memory.limit, "files": plan.memory.in_files},
+        "memory": {
+            "needed": plan.memory.needed,
+            "limit": plan.memory.limit,
+            "files": plan.memory.in_files,
+            "decoding": plan.memory.decoding,
+        },
         "gpu_memory": {"needed": plan.gpu_memory.needed, "limit": plan.gpu_memory.limit} if machine.gpu else None,
     }
 
@@ -141,6 +146,7 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "disk", f"{gigabytes(disk['needed'])} needed, {gigabytes(disk['free'])} free"
     of_it = f"{gigabytes(memory['files'])} of it for files in memory (tmpfs), " if memory["files"] else ""
     yield "memory", f"{gigabytes(memory['needed'])} needed, {of_it}{gigabytes(memory['limit'])} may be used"
+    yield "memory of decoding", f"{gigabytes(memory['decoding'])} at most, before training takes it"
     if on_gpu := found["gpu_memory"]:
         yield "GPU memory", f"{gigabytes(on_gpu['needed'])} needed, {gigabytes(on_gpu['limit'])} may be used"
     if found["published"]:
@@ -210,7 +216,7 @@ def _seconds(plan: Plan, folder: Path) -> dict[str, float]:
     """
     start = time.process_time()
     settings, source = plan.settings, plan.source
-    sample, decoded = reading.first_rows(source, "train", _PHOTOS, settings.model.image_size, folder)
+    sample, decoded = reading.first_rows(source, "train", _PHOTOS, settings.model.image_size, folder, plan.decoding)
     if not len(sample):
         raise ConfigError.of("TRANSFER_TRAIN_SPLIT", f"none of its first {_PHOTOS} images can be decoded")
     # rows that are kept from earlier runs are neither taken for those of these photos nor replaced by them

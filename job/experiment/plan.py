@@ -16,6 +16,8 @@ from job.arms import Part
 from job.backbone_table import BACKBONES
 from job.data import row_cache
 from job.data.dataset import Source, open_source
+from job.data.decoding import Room
+from job.data.reading import decoding_at_full_speed
 from job.data.splits import SPLIT_VARIABLES
 from job.errors import ConfigError, Problem
 from job.experiment import disk, memory
@@ -54,6 +56,11 @@ class Plan:
     gpu_memory: GpuMemory
     disk: tuple[disk.Space, ...]
 
+    @property
+    def decoding(self) -> Room:
+        """Return what decoding may take."""
+        return Room(self.runtime.cores, self.memory.decoding, self.memory.one_photo)
+
 
 def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
     """Check places, backbone, weights and data, in order of cost, and return what was found.
@@ -80,7 +87,7 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
         problems.extend(error.problems)
     if problems or opened is None or outlined is None or model is None or source is None:
         raise ConfigError(problems)
-    if problems := _too_many_replicas(settings, machine.replicas, source):
+    if problems := _too_few_examples(settings, machine.replicas, source):
         raise ConfigError(problems)
     (backbone, weights), (_, first_trainable) = model, outlined
     identity = {
@@ -97,6 +104,7 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
     held = _held(source, settings)
     batch = -(-min(settings.training.batch_size, max(2, source.splits["train"].examples)) // settings.workers)
     taken = _memory(settings, machine, backbone, first_trainable, batch=batch, examples=sum(held.values()))
+    taken = replace(taken, photos=decoding_at_full_speed(source, machine.cores))
     on_gpu = _gpu_memory(settings, machine, backbone, first_trainable, batch)
     cut = _choose_cut(settings, machine, held, backbone, first_trainable, folder, kept, taken)
     spaces = disk.spaces(settings, folder, held, backbone, cut, kept, places)
@@ -237,14 +245,18 @@ def _open_source(settings: Settings, replicas: Replicas, *, prepare: bool) -> So
     return source
 
 
-def _too_many_replicas(settings: Settings, replicas: Replicas, source: Source) -> list[Problem]:
-    """Return what is wrong with settings under which a device or a worker would have nothing to do."""
+def _too_few_examples(settings: Settings, replicas: Replicas, source: Source) -> list[Problem]:
+    """Return what is wrong with settings under which a class, a device or a worker would have nothing to do."""
     found = []
     if settings.training.batch_size < replicas.count:
         message = (
             f"received {settings.training.batch_size} for {replicas.count} devices; give at least one example each"
         )
         found.append(Problem("TRANSFER_BATCH_SIZE", message))
+    train, classes = source.splits["train"], len(source.classes)
+    if train.examples < classes:
+        message = f"{train.expression!r} has {train.examples} examples for {classes} classes, each of which needs one"
+        found.append(Problem(SPLIT_VARIABLES["train"], f"{message}; take a larger part"))
     for name, split in source.splits.items():
         if split.examples < replicas.workers:
             message = (

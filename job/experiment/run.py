@@ -133,6 +133,7 @@ def _decode(plan: Plan, folder: Path, console: Console) -> dict[str, Rows]:
             settings.data.max_bad_images,
             lambda _done, _total: advance(1),
             plan.runtime.replicas,
+            plan.decoding,
         )
 
 

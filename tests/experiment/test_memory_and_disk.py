@@ -117,6 +117,24 @@ def test_where_no_batch_fits_images_or_network_are_named(limit: float, variable:
     assert_told(replace(NEEDS, limit=int(limit)).problem(), variable, f"{limit / GB:.2f} GB may be used")
 
 
+def test_decoding_counts_where_it_takes_more_than_computing() -> None:
+    roomy = replace(NEEDS, limit=100 * GB)
+    assert replace(roomy, photos=5 * GB).needed == NEEDS.needed
+    assert replace(roomy, photos=7 * GB).decoding == 7 * GB
+    assert replace(roomy, photos=7 * GB).needed == NEEDS.needed + GB
+
+
+def test_decoding_takes_what_is_left_so_that_it_is_never_why_a_run_is_refused_or_warned_of() -> None:
+    crowded = replace(NEEDS, photos=50 * GB, limit=20 * GB)
+    assert crowded.decoding == 14 * GB
+    assert crowded.problem() is None
+    assert not crowded.is_tight
+    assert crowded.one_photo == 18 * GB
+    # what training takes later may be used for photos before
+    assert replace(NEEDS, photos=50 * GB, limit=8 * GB).decoding == 6 * GB
+    assert replace(NEEDS, photos=50 * GB, limit=8 * GB, files=(PIXELS,)).one_photo == 4 * GB
+
+
 # of the kernel, a tmpfs on every usual Linux
 SHARED_MEMORY = Path("/dev", "shm")
 PIXELS = Space("TRANSFER_CACHE_DIR", Path("/scratch"), 2 * GB, "decoded images")

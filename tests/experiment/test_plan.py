@@ -10,7 +10,7 @@ import pytest
 from job.arms import ARMS
 from job.errors import ConfigError
 from job.experiment.estimate import duration
-from tests.support.running import Published, completed, run_job
+from tests.support.running import Published, completed, published_by, run_job
 
 ARM_NAMES = list(ARMS)
 
@@ -56,7 +56,8 @@ def test_it_tells_what_a_run_needs_and_what_there_is(planned: tuple[dict[str, An
     assert plan["device_proof"].startswith("matrix product and convolution computed")
     pixels = 120 * 32 * 32 * 3
     assert pixels < plan["disk"]["needed"] < plan["disk"]["free"]
-    assert 0 < plan["memory"]["needed"] < plan["memory"]["limit"]
+    memory = plan["memory"]
+    assert 0 < memory["decoding"] < memory["needed"] < memory["limit"]
 
 
 def test_it_measures_seconds_and_prices_them(planned: tuple[dict[str, Any], Path]) -> None:
@@ -103,6 +104,30 @@ def test_another_experiment_under_the_same_id_is_refused(small: dict[str, str], 
     done = run_job(small | changes | named, "plan")
     assert done.code == ConfigError.exit_code, done.errors
     assert "another experiment is published" in done.text
+
+
+def few(folder: Path, train: int) -> dict[str, str]:
+    """Return the settings of ``train`` training photos, and one of validation and test each."""
+    from tests.support.photos import write_dataset
+
+    dataset = write_dataset(folder / "tfds", "few", {"train": train, "validation": 1, "test": 1}, size=32, shards=1)
+    splits = {f"TRANSFER_{name.upper()}_SPLIT": name for name in ("train", "validation", "test")}
+    return splits | {"TRANSFER_DATASET": str(dataset), "TRANSFER_OUTPUT_URI": str(folder / "output")}
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_fewer_training_photos_than_classes_are_refused(tiny: dict[str, str], tmp_path: Path, verb: str) -> None:
+    said = refusal(tiny | few(tmp_path, 1), verb, "TRANSFER_TRAIN_SPLIT")
+    assert "'train' has 1 examples for 2 classes" in said
+
+
+def test_two_training_photos_and_a_larger_batch_are_planned_and_published(tiny: dict[str, str], tmp_path: Path) -> None:
+    changes = few(tmp_path, 2)
+    plan = found(tiny | changes)
+    assert plan["steps"] == dict.fromkeys(ARM_NAMES, 2)
+    assert all(seconds > 0 for name, seconds in plan["seconds"].items() if name != "features"), plan["seconds"]
+    manifest = published_by(tiny | changes, tmp_path / "output").manifest
+    assert [result["train_examples"] for result in manifest["results"]] == [2, 2, 2]
 
 
 @pytest.mark.slow
