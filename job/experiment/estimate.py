@@ -19,7 +19,7 @@ from job.arms import ARMS, Part
 from job.data import reading, row_cache
 from job.data.rows import Rows, RowValues
 from job.errors import ConfigError
-from job.experiment.disk import disk_needed
+from job.experiment.disk import disks
 from job.experiment.gpu_memory import largest_batch, too_large
 from job.experiment.plan import Plan
 from job.experiment.result import Experiment
@@ -72,7 +72,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
     settings, source, machine = plan.settings, plan.source, plan.runtime
     training, fractions = settings.training, settings.data.train_fractions
     batches = sum(-(-_train_examples(plan, fraction) // training.batch_size) for fraction in fractions)
-    needed, free = disk_needed(plan.disk)
+    scratch = disks(plan.disk)[0]
     return {
         "run_id": plan.run_id,
         "output": plan.places.run.uri,
@@ -97,7 +97,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "seeds": list(training.seeds),
         "results": len(training.arms) * len(fractions) * len(training.seeds),
         "steps": dict.fromkeys(training.arms, batches * training.epochs * len(training.seeds)),
-        "disk": {"needed": needed, "free": free},
+        "disk": {"needed": scratch.needed, "free": scratch.free, "limited_by": scratch.limited_by},
         "memory": {
             "needed": plan.memory.needed,
             "limit": plan.memory.limit,
@@ -143,7 +143,8 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     several = [f"{len(found[name])} {name}" for name in ("arms", "fractions", "seeds") if len(found[name]) > 1]
     yield "results", f"{found['results']}{f' ({chr(215).join(several)})' if len(several) > 1 else ''}"
     yield "epochs of each", str(found["epochs"])
-    yield "disk", f"{gigabytes(disk['needed'])} needed, {gigabytes(disk['free'])} free"
+    by = f" by {disk['limited_by']}" if disk["limited_by"] else ""
+    yield "disk", f"{gigabytes(disk['needed'])} needed, {gigabytes(disk['free'])} free{by}"
     of_it = f"{gigabytes(memory['files'])} of it for files in memory (tmpfs), " if memory["files"] else ""
     yield "memory", f"{gigabytes(memory['needed'])} needed, {of_it}{gigabytes(memory['limit'])} may be used"
     yield "memory of decoding", f"{gigabytes(memory['decoding'])} at most, before training takes it"

@@ -24,7 +24,7 @@ from job.experiment import disk, memory
 from job.experiment.gpu_memory import GpuMemory, gpu_memory
 from job.experiment.network import Network, load_backbone, outline
 from job.experiment.places import Places, open_places
-from job.machine.limits import disk_left, gigabytes, in_memory, memory_limit
+from job.machine.limits import gigabytes, in_memory, memory_limit
 from job.machine.replicas import Replicas
 from job.machine.runtime import Runtime
 from job.models import cuts
@@ -106,13 +106,13 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
     taken = _memory(settings, machine, backbone, first_trainable, batch=batch, examples=sum(held.values()))
     taken = replace(taken, photos=decoding_at_full_speed(source, machine.cores))
     on_gpu = _gpu_memory(settings, machine, backbone, first_trainable, batch)
-    cut = _choose_cut(settings, machine, held, backbone, first_trainable, folder, kept, taken)
+    cut = _choose_cut(settings, machine, held, backbone, first_trainable, folder, kept, taken, places)
     spaces = disk.spaces(settings, folder, held, backbone, cut, kept, places)
     taken = replace(taken, files=disk.files_in_memory(spaces))
     if read_manifest(places.run) is None:
         _check_memory(taken)
         _check_memory(on_gpu)
-        if problems := disk.disk_problems(spaces):
+        if problems := [problem for each in disk.disks(spaces) if (problem := each.problem())]:
             raise ConfigError(problems)
         if taken.is_tight:
             logger.warning(
@@ -203,24 +203,25 @@ def _check_memory(taken: memory.Memory | GpuMemory) -> None:
 
 def _choose_cut(
     settings: Settings, machine: Runtime, held: Mapping[str, int], backbone: keras.Model, first_trainable: int,
-    folder: Path, kept: Mapping[tuple[str, str], int], taken: memory.Memory,
+    folder: Path, kept: Mapping[tuple[str, str], int], taken: memory.Memory, places: Places,
 ) -> cuts.Candidate:  # fmt: skip
     training, examples = settings.training, sum(held.values())
-    other = settings.model.image_size**2 * 3 + 4 * backbone.output_shape[-1]
+    found = cuts.candidates(backbone, first_trainable, row_dtype().itemsize)
+    # what is written beside the rows of a cut: at the pixels there are none
+    other = disk.disks(disk.spaces(settings, folder, held, backbone, found[0], {}, places))[0].needed
     # rows that are kept from an earlier run take no room again: with them, the choice is the same as it was then
-    room = disk_left(folder) + sum(kept.values())
+    room = disk.room(folder, disk.scratch_quota(settings))[0] + sum(kept.values())
     if in_memory(folder):
-        room = min(room, taken.limit - taken.needed - disk.COPIES_IN_SCRATCH * disk.bytes_of_model(backbone))
+        room = min(room, taken.limit - replace(taken, photos=0).needed)
     means = cuts.Means(
         epochs=(training.epochs - training.resolved_head_epochs)
         * len(training.seeds)
         * len(settings.data.train_fractions),
         examples=examples,
-        disk=room - examples * other,
+        disk=room - other,
         memory=memory_limit(),
         flops_per_second=cuts.FLOPS_OF_GPU if machine.gpu else machine.cores * cuts.FLOPS_PER_CORE,
     )
-    found = cuts.candidates(backbone, first_trainable, row_dtype().itemsize)
     chosen = cuts.choose(found, means)
     if training.augmentation != "none":
         logger.info(

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from job.errors import ConfigError
 _ROOT = Path("/")
 # TensorFlow, imported, held 277 MB of its own; with 300 MB the kernel ended the process before it could say a word.
 _LEAST = 512 * 2**20
+# The unit of ``st_blocks``, whatever a file system's own blocks are.
+_BLOCK = 512
 # File systems whose files are memory: they count against the limit of the control group that writes them.
 _IN_MEMORY = {"tmpfs", "ramfs"}
 
@@ -100,6 +103,39 @@ def disk_left(folder: Path) -> int:
     """
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     return shutil.disk_usage(existing).free
+
+
+@dataclass(frozen=True)
+class Quota:
+    """What the platform lets files take, on whatever disk: more, and it ends the container.
+
+    bytes: of all files below ``folder``.
+    """
+
+    bytes: int
+    folder: Path
+
+    def left(self) -> int:
+        """Return the bytes that may still be written, at least 0."""
+        return max(0, self.bytes - _bytes_below(self.folder))
+
+
+def _bytes_below(folder: Path) -> int:
+    """Return what files below ``folder`` take, but for those of other disks and those that cannot be looked at."""
+    try:
+        disk = folder.stat().st_dev
+    except OSError:
+        return 0
+    used, waiting = 0, [folder]
+    while waiting:
+        with suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                about = entry.stat(follow_symlinks=False)
+                if about.st_dev == disk:
+                    used += _BLOCK * about.st_blocks
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(Path(entry))
+    return used
 
 
 def in_memory(folder: Path, root: Path = _ROOT) -> bool:

@@ -220,6 +220,12 @@ class PlatformSettings(Group):
         validation_alias="NVIDIA_TF32_OVERRIDE",
         description="0: GPUs multiply float32 with all its bits instead of TF32's 10",
     )
+    ephemeral_storage_limit: int | None = Field(
+        None,
+        validation_alias="EPHEMERAL_STORAGE_LIMIT",
+        description="Kubernetes: bytes of disk that the container may use (limits.ephemeral-storage); 0: no limit",
+        ge=0,
+    )
     storage_emulator_host: str | None = Field(
         None, validation_alias="STORAGE_EMULATOR_HOST", description="address of a storage server to use for gs://"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from job.errors import ConfigError
-from job.machine.limits import cpus, disk_left, in_memory, memory_left, memory_limit, require_memory
+from job.machine.limits import Quota, cpus, disk_left, in_memory, memory_left, memory_limit, require_memory
 from tests.support.running import python
 
 GIB = 1 << 30
@@ -162,6 +162,17 @@ def test_less_memory_than_tensorflow_takes_is_refused_before_it_is_imported(tmp_
     require_memory(enough)
     with pytest.raises(ConfigError, match="300 MB of memory may be used, and TensorFlow alone needs 537 MB"):
         require_memory(little)
+
+
+def test_a_quota_is_used_up_by_what_lies_in_its_folder(tmp_path: Path) -> None:
+    assert Quota(10**6, tmp_path / "not yet").left() == Quota(10**6, tmp_path).left() == 10**6
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_bytes(bytes(400_000))
+    (tmp_path / "link").symlink_to("/")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(10**12)
+    assert 500_000 < Quota(10**6, tmp_path).left() <= 600_000
+    assert Quota(1000, tmp_path).left() == 0
 
 
 MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw

@@ -329,6 +329,17 @@ def test_the_platforms_variables_are_read_under_their_own_names() -> None:
     assert platform.checkpoint_dir is None
 
 
+@pytest.mark.parametrize(("text", "expected"), [("", None), ("0", 0), ("27917287424", 27_917_287_424)])
+def test_the_limit_of_ephemeral_storage_is_a_number_of_bytes(text: str, expected: int | None) -> None:
+    assert load({"EPHEMERAL_STORAGE_LIMIT": text}).platform.ephemeral_storage_limit == expected
+
+
+@pytest.mark.parametrize("text", ["26Gi", "-1", "many"])
+def test_a_limit_of_ephemeral_storage_that_is_no_number_of_bytes_is_refused(text: str) -> None:
+    message = problems_of({"EPHEMERAL_STORAGE_LIMIT": text})["EPHEMERAL_STORAGE_LIMIT"]
+    assert f"received '{text}'; accepted: a whole number, at least 0" in message
+
+
 def test_no_secret_of_a_value_is_repeated_in_an_error() -> None:
     environ = {
         "TRANSFER_WEIGHTS": "https://user:hunter2@example.com/w.h5?X-Goog-Signature=hunter2",
