@@ -80,10 +80,8 @@ class Disk:
         told = ", ".join(f"{gigabytes(place.needed)} for {place.what}" for place in self.places if place.needed)
         has, larger = "has", "a larger disk"
         if self.limited_by:
-            has, larger = (
-                f"by {self.limited_by} has",
-                f"{self.needed - self.free:,} bytes more (limits.ephemeral-storage)",
-            )
+            has = f"by {self.limited_by} has"
+            larger = f"{self.needed - self.free:,} bytes more (Kubernetes: limits.ephemeral-storage)"
         return Problem(
             self.limited_by or most.variable,
             f"the run writes about {gigabytes(self.needed)} to the disk of {most.folder}, which {has} "

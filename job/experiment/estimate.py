@@ -19,7 +19,6 @@ from job.arms import ARMS, Part
 from job.data import reading, row_cache
 from job.data.rows import Rows, RowValues
 from job.errors import ConfigError
-from job.experiment.disk import disks
 from job.experiment.gpu_memory import largest_batch, too_large
 from job.experiment.plan import Plan
 from job.experiment.result import Experiment
@@ -72,7 +71,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
     settings, source, machine = plan.settings, plan.source, plan.runtime
     training, fractions = settings.training, settings.data.train_fractions
     batches = sum(-(-_train_examples(plan, fraction) // training.batch_size) for fraction in fractions)
-    scratch = disks(plan.disk)[0]
+    scratch = plan.disk[0]
     return {
         "run_id": plan.run_id,
         "output": plan.places.run.uri,

@@ -41,7 +41,7 @@ class Plan:
     """A run that can begin.
 
     rows_key: what decides rows of the frozen layers, beside the examples and the cut. memory, gpu_memory, disk: what
-    the run takes.
+    the run takes, and of disks what was free before it began; the first has its scratch space.
     """
 
     settings: Settings
@@ -54,7 +54,7 @@ class Plan:
     rows_key: Mapping[str, Any]
     memory: memory.Memory
     gpu_memory: GpuMemory
-    disk: tuple[disk.Space, ...]
+    disk: tuple[disk.Disk, ...]
 
     @property
     def decoding(self) -> Room:
@@ -109,10 +109,11 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
     cut = _choose_cut(settings, machine, held, backbone, first_trainable, folder, kept, taken, places)
     spaces = disk.spaces(settings, folder, held, backbone, cut, kept, places)
     taken = replace(taken, files=disk.files_in_memory(spaces))
+    found = disk.disks(spaces)
     if read_manifest(places.run) is None:
         _check_memory(taken)
         _check_memory(on_gpu)
-        if problems := [problem for each in disk.disks(spaces) if (problem := each.problem())]:
+        if problems := [problem for each in found if (problem := each.problem())]:
             raise ConfigError(problems)
         if taken.is_tight:
             logger.warning(
@@ -136,7 +137,7 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
         rows_key=rows_key,
         memory=taken,
         gpu_memory=on_gpu,
-        disk=spaces,
+        disk=tuple(found),
     )
 
 
