@@ -55,6 +55,7 @@ def _work(*, plan_only: bool) -> int:
     limits.require_memory()
     screen = console.start(chosen.runtime.log_format)
     environment.prepare_tensorflow()
+    environment.bound_threads(limits.cpus())
     with standard_error.held_back():
         from job.experiment import run
         from job.machine import runtime

@@ -58,7 +58,9 @@ RunPath = Annotated[
 
 _ROW = re.compile(rb"\[\n\s+(\d+(?:,\n\s+\d+)*)\n\s+\]")
 # Fields that do not apply to every record of their kind: they are absent then, not null.
-_ABSENT = {"batch_norm", "energy_joules", "cost", "export_proof", "code", "revision", "image"}
+_ABSENT = {
+    *("batch_norm", "energy_joules", "cost", "export_proof", "code", "revision", "image", "own_seconds", "own_cost")
+}
 
 
 class Record(BaseModel):
@@ -323,7 +325,8 @@ class Summary(Record):
     """All seeds of one (arm, train_fraction).
 
     train_examples: of each seed. test_accuracy: their mean, with a 95% interval that ``method`` names. seconds and
-    cost: mean of a result.
+    cost: mean of a result. own_seconds and own_cost: the same without what several results share (data, features),
+    which stands at the first that needed it: by these, arms can be compared.
     """
 
     arm: str
@@ -335,6 +338,8 @@ class Summary(Record):
     method: str
     seconds: Seconds
     cost: Annotated[float, Field(ge=0)] | None = None
+    own_seconds: Seconds | None = None
+    own_cost: Annotated[float, Field(ge=0)] | None = None
 
 
 class Comparison(Record):

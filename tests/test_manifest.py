@@ -66,6 +66,7 @@ NAMES = {
     "results.seconds": ["data", "features", "training", "evaluation", "export", "total"],
     "summaries": [
         *("arm", "train_fraction", "train_examples", "seeds", "test_accuracy", "interval", "method", "seconds", "cost"),
+        *("own_seconds", "own_cost"),
     ],
     "comparisons": [
         *("train_fraction", "seeds", "better", "worse", "difference", "interval", "p_value", "method", "verdict"),
@@ -102,6 +103,7 @@ def complete() -> dict[str, Any]:
     result["export_proof"] = {"examples": 24, **logits, "largest_probability_difference": 0.125, "same_class": 23}
     examples = {"train_fraction": 1.0, "train_examples": 30, "seeds": [0]}
     accuracy = {"test_accuracy": 0.5, "interval": [0.25, 0.75], "method": "Wilson", "seconds": 1.25, "cost": 0.25}
+    accuracy |= {"own_seconds": 1.0, "own_cost": 0.2}
     difference = {"difference": 0.1, "interval": [-0.05, 0.25], "p_value": 0.3, "method": "McNemar"}
     arms = {"train_fraction": 1.0, "seeds": [0], "better": "fine_tune", "worse": "scratch"}
     return document | {
@@ -166,6 +168,7 @@ OPTIONAL = [("results", 0, name) for name in ("batch_norm", "energy_joules", "co
 OPTIONAL += [("code", name) for name in ("revision", "image")]
 # What runs were published without before it was kept.
 LATER = [("environment", "tf32"), ("results", 0, "xla"), ("results", 0, "export_proof"), ("code",)]
+LATER += [("summaries", 0, "own_seconds"), ("summaries", 0, "own_cost")]
 # What the contract's list does not name; a reader finds it empty or null where it is missing.
 ADDED = {"duplicates", "licence", "citation", "homepage", "reliability", "most_wrong", "summaries", "verdict", "seeds"}
 
@@ -290,7 +293,7 @@ def test_a_number_that_is_not_finite_is_refused_everywhere(value: float) -> None
 
 
 def test_the_null_that_json_has_in_place_of_nan_is_refused() -> None:
-    nullable = [at for at in FLOATS if at[-1] in ("auc", "cost", "energy_joules")]
+    nullable = [at for at in FLOATS if at[-1] in ("auc", "cost", "energy_joules", "own_seconds", "own_cost")]
     for at in FLOATS:
         assert accepted(changed(at, None)) == (at in nullable), at
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,34 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from job.data.photo_headers import decoding_bytes
 from job.data.row_files import RowFileWriter
 from job.data.rows import Rows
+from job.errors import ConfigError
+from job.machine.limits import cpus, gigabytes, memory_left
 
 _BMP_HEADER_BYTES = 54
+# For each thread, so many photos may be under way: decoded while an older one is waited for.
+_WAITING = 4
+
+
+@dataclass(frozen=True)
+class Room:
+    """What decoding may take.
+
+    threads: so many photos are decoded at a time at most. together: bytes of memory for all of them; a larger one is
+    decoded alone. alone: bytes for a single one; a larger one is refused.
+    """
+
+    threads: int
+    together: int
+    alone: int
+
+
+def whole_machine() -> Room:
+    """Return all that this process may use."""
+    left = memory_left()
+    return Room(cpus(), left, left)
 
 
 def decode_image(encoded: Any, size: int) -> Any:
@@ -70,8 +94,9 @@ def decode_rows(
     size: int,
     path: Path,
     on_example: Callable[[str, bool], None],
+    room: Room | None = None,
 ) -> Rows:
-    """Decode examples on all cores, in order, to a file of pixels; memory does not grow with their number.
+    """Decode examples on all CPUs, in order, to a file of pixels; memory does not grow with their number.
 
     Args:
         examples: id, label and encoded image of each.
@@ -80,15 +105,19 @@ def decode_rows(
         path: the .npy file to write, uint8 [n, size, size, 3].
         on_example: called after each example with its id and whether it could be decoded; those that could not are
             left out. What it raises ends the work.
+        room: what decoding may take; the whole machine where it is not given.
 
     Returns:
         The rows, with their pixels in the file; perhaps none.
+
+    Raises:
+        ConfigError: there is too little memory to decode one of the photos.
     """
     ids: list[str] = []
     labels: list[int] = []
     digests: list[bytes] = []
     with RowFileWriter(path, (size, size, 3), np.uint8, expected) as file:
-        for example_id, label, pixels, digest in _in_order(examples, size):
+        for example_id, label, pixels, digest in _in_order(examples, size, room or whole_machine()):
             if pixels is not None:
                 file.write_row(pixels)
                 ids.append(example_id)
@@ -98,20 +127,43 @@ def decode_rows(
     return Rows(tuple(ids), np.array(labels, np.int32), file.rows, tuple(digests))
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A photo that is being decoded, or waits for one before it. needed: bytes of memory that decoding it takes."""
+
+    example_id: str
+    label: int
+    needed: int
+    decoded: Future[tuple[npt.NDArray[np.uint8] | None, bytes]]
+
+
 def _in_order(
-    examples: Iterable[tuple[str, int, bytes]], size: int
+    examples: Iterable[tuple[str, int, bytes]], size: int, room: Room
 ) -> Iterator[tuple[str, int, npt.NDArray[np.uint8] | None, bytes]]:
-    threads = os.cpu_count() or 1
     decode = _decoder(size)
-    waiting: deque[tuple[str, int, Future[tuple[npt.NDArray[np.uint8] | None, bytes]]]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+    waiting: deque[_Waiting] = deque()
+    taken = 0
+    with ThreadPoolExecutor(room.threads, thread_name_prefix="decode") as pool:
         for example_id, label, encoded in examples:
-            waiting.append((example_id, label, pool.submit(_decode_one, decode, encoded)))
-            if len(waiting) > 4 * threads:
-                oldest_id, oldest_label, future = waiting.popleft()
-                yield oldest_id, oldest_label, *future.result()
-        for oldest_id, oldest_label, future in waiting:
-            yield oldest_id, oldest_label, *future.result()
+            needed = decoding_bytes(encoded, size)
+            if needed > room.alone:
+                raise _too_large(example_id, needed, room)
+            while waiting and (len(waiting) >= _WAITING * room.threads or taken + needed > room.together):
+                oldest = waiting.popleft()
+                yield oldest.example_id, oldest.label, *oldest.decoded.result()
+                taken -= oldest.needed
+            waiting.append(_Waiting(example_id, label, needed, pool.submit(_decode_one, decode, encoded)))
+            taken += needed
+        for oldest in waiting:
+            yield oldest.example_id, oldest.label, *oldest.decoded.result()
+
+
+def _too_large(example_id: str, needed: int, room: Room) -> ConfigError:
+    return ConfigError.of(
+        "TRANSFER_DATASET",
+        f"decoding the photo {example_id} takes about {gigabytes(needed)} of memory, and {gigabytes(room.alone)} may "
+        "be used for it beside what the run takes; make the photo smaller or leave it out, or give more memory",
+    )
 
 
 @functools.cache

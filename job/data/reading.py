@@ -18,10 +18,11 @@ import tensorflow_datasets as tfds
 
 from job.data.access import Place
 from job.data.dataset import Source
-from job.data.decoding import decode_rows
+from job.data.decoding import Room, decode_rows
 from job.data.rows import Placement, Rows
 from job.data.splits import SPLIT_VARIABLES
 from job.errors import ConfigError
+from job.machine.limits import cpus
 from job.machine.replicas import Replicas
 from job.stopping import stop_if_asked
 
@@ -29,6 +30,14 @@ logger = logging.getLogger(__name__)
 
 _DIGEST_BYTES = 16
 _NAMED = 10  # of a long list, this many are named in a message
+# TFDS reads so many files at once, and TensorFlow holds so many examples of each ready. Where that is more than so many
+# bytes, one file is read at a time, and so many bytes ahead.
+_FILES, _OF_FILE = 16, 32
+_SEVERAL_FILES = 512 * 2**20
+_ONE_FILE = 64 * 2**20
+# Of a photo of 24 million pixels, and its bytes where they are not known.
+_LARGE_PHOTO = 144 * 10**6
+_PIXELS_OF_BYTE = 40
 
 
 def read_splits(
@@ -38,6 +47,7 @@ def read_splits(
     max_bad_images: float,
     on_progress: Callable[[int, int], None] | None = None,
     replicas: Replicas | None = None,
+    room: Room | None = None,
 ) -> dict[str, Rows]:
     """Read the three splits once, and decode every image to a row on disk.
 
@@ -49,13 +59,14 @@ def read_splits(
         on_progress: called after each example with how many are done and how many there are, over all three splits.
             What it raises ends the reading.
         replicas: whose workers each read a share of their own, at the same time.
+        room: what decoding may take; the whole machine where it is not given.
 
     Returns:
         The rows of train, validation and test; the difference to ``Split.examples`` was skipped.
 
     Raises:
         ConfigError: too many undecodable images, a split or a class of the train split without an example, labels
-            that are missing, or ``folder`` ran full.
+            that are missing, a photo too large for the memory, or ``folder`` ran full.
         UnavailableError: the records could not be read to their end.
     """
     replicas = replicas or Replicas()
@@ -87,7 +98,7 @@ def read_splits(
         start = time.monotonic()
         some = _examples(source, part, share)
         try:
-            own = decode_rows(some, examples[part], image_size, folder / f"{part}.npy", count)
+            own = decode_rows(some, examples[part], image_size, folder / f"{part}.npy", count, room)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -152,20 +163,51 @@ def _share(source: Source, part: str, replicas: Replicas) -> Any:
     return expression if replicas.workers == 1 else tfds.even_splits(expression, replicas.workers)[replicas.worker]
 
 
-def first_rows(source: Source, part: str, examples: int, image_size: int, folder: Path) -> tuple[Rows, float]:
+def decoding_at_full_speed(source: Source, threads: int) -> int:
+    """Return about how many bytes it takes to read and decode photos on so many threads, of any size.
+
+    What a photo takes is known when it is read, so this is a guess: from the bytes of an example in the mean, at most
+    that of a photo of 24 million pixels. ``decode_rows`` keeps to what it is given, whatever the photos.
+    """
+    example = _bytes_of_example(source)
+    photo = min(_LARGE_PHOTO, _PIXELS_OF_BYTE * example or _LARGE_PHOTO)
+    several, ahead = _read_ahead(example)
+    return threads * photo + example * (_FILES * _OF_FILE if several else ahead)
+
+
+def _bytes_of_example(source: Source) -> int:
+    """Return what an example takes in the data set's files, in the mean; 0 where the data set does not tell."""
+    splits = source.builder.info.splits.values()
+    return int(sum(split.num_bytes or 0 for split in splits) // max(1, sum(split.num_examples for split in splits)))
+
+
+def _read_ahead(example: int) -> tuple[bool, int]:
+    """Return whether several files are read at once, and how many examples are read ahead of those that are decoded.
+
+    example: bytes of one, in the mean.
+    """
+    several = example * _FILES * _OF_FILE <= _SEVERAL_FILES
+    return several, 2 if several else max(2, _ONE_FILE // example)
+
+
+def first_rows(
+    source: Source, part: str, examples: int, image_size: int, folder: Path, room: Room | None = None
+) -> tuple[Rows, float]:
     """Decode the first ``examples`` of a split, to ``sample.npy`` in ``folder``: perhaps none can be.
 
-    Returns them, and how many examples a second were decoded after the first. Raises like :func:`read_splits`.
+    Returns them, and how many examples a second were decoded after the first; of a single one, with the time until it
+    was there. Raises like :func:`read_splits`.
     """
-    times: list[float] = []
+    times = [time.perf_counter()]
 
     def count(_example_id: str, _decoded: bool) -> None:
         stop_if_asked()
         times.append(time.perf_counter())
 
     some = itertools.islice(_examples(source, part, source.splits[part].expression), examples)
-    rows = decode_rows(some, examples, image_size, folder / "sample.npy", count)
-    return rows, (len(times) - 1) / max(times[-1] - times[0], 1e-6)
+    rows = decode_rows(some, examples, image_size, folder / "sample.npy", count, room)
+    since = times[1:] if len(times) > 2 else times
+    return rows, (len(since) - 1) / max(since[-1] - since[0], 1e-6)
 
 
 def _examples(source: Source, part: str, share: Any) -> Iterator[tuple[str, int, bytes]]:
@@ -173,6 +215,8 @@ def _examples(source: Source, part: str, share: Any) -> Iterator[tuple[str, int,
     expression = source.splits[part].expression
     options = tf.data.Options()
     options.deterministic = True
+    options.threading.private_threadpool_size = options.autotune.cpu_budget = cpus()
+    several, ahead = _read_ahead(_bytes_of_example(source))
     folder = str(source.builder.data_dir)
     with Place(folder, "TRANSFER_DATASET", is_prepared=True).errors(f"{expression!r} of {folder}"):
         dataset = source.builder.as_dataset(
@@ -182,9 +226,16 @@ def _examples(source: Source, part: str, share: Any) -> Iterator[tuple[str, int,
                 {source.image_key: True, source.label_key: True},
                 decoders={source.image_key: tfds.decode.SkipDecoding()},
             ),
-            read_config=tfds.ReadConfig(options=options, add_tfds_id=True, try_autocache=False),
+            read_config=tfds.ReadConfig(
+                options=options,
+                add_tfds_id=True,
+                try_autocache=False,
+                num_parallel_calls_for_interleave_files=cpus() if several else None,
+                num_parallel_calls_for_decode=None,
+                skip_prefetch=True,
+            ),
         )
-        for example in dataset.as_numpy_iterator():
+        for example in dataset.prefetch(ahead).as_numpy_iterator():
             example_id, label = example["tfds_id"].decode(), int(example[source.label_key])
             if label < 0:
                 raise ConfigError.of(

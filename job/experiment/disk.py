@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,15 @@ import keras
 from job.arms import ARMS, Part
 from job.errors import Problem
 from job.experiment.places import Places
-from job.machine.limits import disk_left, gigabytes, in_memory
+from job.machine.limits import Quota, disk_left, gigabytes, in_memory
 from job.models import cuts
 from job.models.cuts import bytes_of_weights
 from job.settings.environment import Settings
 from job.storage.local import LocalStore
 from job.training.stages import phases_of
 
+# The platform's variable that bounds files.
+QUOTA = "EPHEMERAL_STORAGE_LIMIT"
 # A SavedModel beside its variables.
 _GRAPH_BYTES = 10 * 10**6
 # Of a model's size: a SavedModel and a checkpoint, which has two slots for each variable, on the way to their places;
@@ -31,7 +34,7 @@ class Space:
     """Bytes that are written to one place.
 
     variable: which setting chose it. what: what it is that is written there, for people. there: bytes that it takes
-    there already, in the place of others that would be written.
+    there already, in the place of others that would be written. quota: what the platform lets files take there.
     """
 
     variable: str
@@ -39,6 +42,7 @@ class Space:
     needed: int
     what: str
     there: int = 0
+    quota: Quota | None = None
 
     @property
     def whole(self) -> int:
@@ -51,32 +55,65 @@ def files_in_memory(places: Sequence[Space]) -> tuple[Space, ...]:
     return tuple(place for place in places if place.whole and in_memory(place.folder))
 
 
-def disk_needed(places: Sequence[Space]) -> tuple[int, int]:
-    """Return the bytes that are written to the disk of the first place, and how many are free there."""
-    first = places[0]
-    return sum(place.needed for place in places if _same_disk(place, first)), disk_left(first.folder)
+@dataclass(frozen=True)
+class Disk:
+    """What is written to one disk.
+
+    places: that lie on it. free: bytes that may be written. limited_by: the variable that says so; None where the file
+    system does.
+    """
+
+    places: tuple[Space, ...]
+    free: int
+    limited_by: str | None
+
+    @property
+    def needed(self) -> int:
+        """Return the bytes that are written to it."""
+        return sum(place.needed for place in self.places)
+
+    def problem(self) -> Problem | None:
+        """Return what to change where there is too little room; None where there is enough."""
+        if self.needed <= self.free:
+            return None
+        most = max(self.places, key=lambda place: place.needed)
+        told = ", ".join(f"{gigabytes(place.needed)} for {place.what}" for place in self.places if place.needed)
+        has, larger = "has", "a larger disk"
+        if self.limited_by:
+            has = f"by {self.limited_by} has"
+            larger = f"{self.needed - self.free:,} bytes more (Kubernetes: limits.ephemeral-storage)"
+        return Problem(
+            self.limited_by or most.variable,
+            f"the run writes about {gigabytes(self.needed)} to the disk of {most.folder}, which {has} "
+            f"{gigabytes(self.free)} free: {told}. Give {larger}, smaller splits or a smaller TRANSFER_IMAGE_SIZE",
+        )
 
 
-def disk_problems(places: Sequence[Space]) -> list[Problem]:
-    """Return what to change about every disk that has too little room for all that is written to it."""
+def disks(places: Sequence[Space]) -> list[Disk]:
+    """Return the disks that something is written to; the first is that of the first place."""
     found = []
     rest = list(places)
     while rest:
-        together = [place for place in rest if _same_disk(place, rest[0])]
-        needed, free = disk_needed(rest)
+        together = tuple(place for place in rest if _same_disk(place, rest[0]))
+        quota = next((place.quota for place in together if place.quota), None)
+        found.append(Disk(together, *room(rest[0].folder, quota)))
         rest = [place for place in rest if place not in together]
-        if needed > free:
-            most = max(together, key=lambda place: place.needed)
-            told = ", ".join(f"{gigabytes(place.needed)} for {place.what}" for place in together if place.needed)
-            found.append(
-                Problem(
-                    most.variable,
-                    f"the run writes about {gigabytes(needed)} to the disk of {most.folder}, which has "
-                    f"{gigabytes(free)} free: {told}. Give a larger disk, smaller splits or a smaller "
-                    "TRANSFER_IMAGE_SIZE",
-                )
-            )
     return found
+
+
+def room(folder: Path, quota: Quota | None) -> tuple[int, str | None]:
+    """Return the bytes that may be written below ``folder``, and the variable that says so; None: the disk."""
+    free = disk_left(folder)
+    if quota is None or (left := quota.left()) >= free:
+        return free, None
+    return left, QUOTA
+
+
+def scratch_quota(settings: Settings) -> Quota | None:
+    """Return what the platform lets scratch space take; None where it says nothing, or where that lies in memory."""
+    limit = settings.platform.ephemeral_storage_limit
+    folder = Path(settings.runtime.cache_dir or tempfile.gettempdir())
+    return Quota(limit, folder) if limit and not in_memory(folder) else None
 
 
 def _same_disk(one: Space, other: Space) -> bool:
@@ -124,11 +161,11 @@ def spaces(
     again = sum(size for where, size in sizes.items() if where in kept)
     model = bytes_of_model(backbone)
     results = len(training.arms) * len(training.seeds) * len(settings.data.train_fractions)
-    scratch = "TRANSFER_CACHE_DIR"
+    scratch, quota = "TRANSFER_CACHE_DIR", scratch_quota(settings)
     found = [
-        Space(scratch, folder, pixels, "decoded images"),
-        Space(scratch, folder, sum(sizes.values()) - again, "rows of frozen layers", again),
-        Space(scratch, folder, COPIES_IN_SCRATCH * model, "a model and a checkpoint"),
+        Space(scratch, folder, pixels, "decoded images", quota=quota),
+        Space(scratch, folder, sum(sizes.values()) - again, "rows of frozen layers", again, quota),
+        Space(scratch, folder, COPIES_IN_SCRATCH * model, "a model and a checkpoint", quota=quota),
     ]
     # finished results are stored first, and copied to their places when all are
     published = 2 * results * model

@@ -20,7 +20,6 @@ from job.data import reading, row_cache
 from job.data.rows import Rows, RowValues
 from job.errors import ConfigError
 from job.experiment import cap
-from job.experiment.disk import disk_needed
 from job.experiment.gpu_memory import largest_batch, too_large
 from job.experiment.plan import Plan
 from job.experiment.result import Experiment
@@ -83,7 +82,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
     settings, source, machine = plan.settings, plan.source, plan.runtime
     training, fractions = settings.training, settings.data.train_fractions
     batches = sum(-(-plan.train_examples(fraction) // training.batch_size) for fraction in fractions)
-    needed, free = disk_needed(plan.disk)
+    scratch = plan.disk[0]
     return {
         "run_id": plan.run_id,
         "output": plan.places.run.uri,
@@ -108,8 +107,13 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "seeds": list(training.seeds),
         "results": len(training.arms) * len(fractions) * len(training.seeds),
         "steps": dict.fromkeys(training.arms, batches * training.epochs * len(training.seeds)),
-        "disk": {"needed": needed, "free": free},
-        "memory": {"needed": plan.memory.needed, "limit": plan.memory.limit, "files": plan.memory.in_files},
+        "disk": {"needed": scratch.needed, "free": scratch.free, "limited_by": scratch.limited_by},
+        "memory": {
+            "needed": plan.memory.needed,
+            "limit": plan.memory.limit,
+            "files": plan.memory.in_files,
+            "decoding": plan.memory.decoding,
+        },
         "gpu_memory": {"needed": plan.gpu_memory.needed, "limit": plan.gpu_memory.limit} if machine.gpu else None,
     }
 
@@ -144,9 +148,11 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     several = [f"{len(found[name])} {name}" for name in ("arms", "fractions", "seeds") if len(found[name]) > 1]
     yield "results", f"{found['results']}{f' ({chr(215).join(several)})' if len(several) > 1 else ''}"
     yield "epochs of each", str(found["epochs"])
-    yield "disk", f"{gigabytes(disk['needed'])} needed, {gigabytes(disk['free'])} free"
+    by = f" by {disk['limited_by']}" if disk["limited_by"] else ""
+    yield "disk", f"{gigabytes(disk['needed'])} needed, {gigabytes(disk['free'])} free{by}"
     of_it = f"{gigabytes(memory['files'])} of it for files in memory (tmpfs), " if memory["files"] else ""
     yield "memory", f"{gigabytes(memory['needed'])} needed, {of_it}{gigabytes(memory['limit'])} may be used"
+    yield "memory of decoding", f"{gigabytes(memory['decoding'])} at most, before training takes it"
     if on_gpu := found["gpu_memory"]:
         yield "GPU memory", f"{gigabytes(on_gpu['needed'])} needed, {gigabytes(on_gpu['limit'])} may be used"
     if found["published"]:
@@ -218,7 +224,7 @@ def _seconds(plan: Plan, folder: Path) -> dict[str, float]:
     """
     start = time.process_time()
     settings, source = plan.settings, plan.source
-    sample, decoded = reading.first_rows(source, "train", _PHOTOS, settings.model.image_size, folder)
+    sample, decoded = reading.first_rows(source, "train", _PHOTOS, settings.model.image_size, folder, plan.decoding)
     if not len(sample):
         raise ConfigError.of("TRANSFER_TRAIN_SPLIT", f"none of its first {_PHOTOS} images can be decoded")
     # rows that are kept from earlier runs are neither taken for those of these photos nor replaced by them

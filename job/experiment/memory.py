@@ -64,7 +64,7 @@ class Memory:
 
     fixed: the process, its graphs and every copy of the weights. rows: what is held of all examples. per_image: of a
     training step, for each of the ``batch`` images. forward: of passes without gradients. limit: what may be used.
-    files: what is written to file systems that are in memory.
+    files: what is written to file systems that are in memory. photos: of decoding photos at full speed.
     """
 
     fixed: int
@@ -74,11 +74,30 @@ class Memory:
     forward: int
     limit: int
     files: tuple[Space, ...] = ()
+    photos: int = 0
 
     @property
     def needed(self) -> int:
         """Return what is needed when most is."""
-        return self.fixed + self.rows + max(self.per_image * self.batch, self.forward) + self.in_files
+        return self.fixed + self.rows + max(self._computing, self.decoding) + self.in_files
+
+    @property
+    def decoding(self) -> int:
+        """Return what photos that are decoded at once may take: less than at full speed, where that is too much.
+
+        They take it before anything is computed, and TensorFlow uses it again.
+        """
+        at_ease = int(_COMFORTABLE * self.limit) - self.fixed - self.rows - self.in_files
+        return min(self.photos, max(self._computing, at_ease))
+
+    @property
+    def one_photo(self) -> int:
+        """Return what a single photo may take that is decoded alone."""
+        return max(0, self.limit - self.fixed - self.rows - self.in_files)
+
+    @property
+    def _computing(self) -> int:
+        return max(self.per_image * self.batch, self.forward)
 
     @property
     def in_files(self) -> int:

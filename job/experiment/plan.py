@@ -15,13 +15,15 @@ from job.arms import Part
 from job.backbone_table import BACKBONES
 from job.data import row_cache
 from job.data.dataset import Source, open_source
+from job.data.decoding import Room
+from job.data.reading import decoding_at_full_speed
 from job.data.splits import SPLIT_VARIABLES
 from job.errors import ConfigError, Problem
 from job.experiment import disk, memory, source_code
 from job.experiment.gpu_memory import GpuMemory, gpu_memory
 from job.experiment.network import Network, load_backbone, outline
 from job.experiment.places import Places, open_places
-from job.machine.limits import disk_left, gigabytes, in_memory, memory_limit
+from job.machine.limits import gigabytes, in_memory, memory_limit
 from job.machine.replicas import Replicas
 from job.machine.runtime import Runtime
 from job.models import cuts
@@ -38,7 +40,7 @@ class Plan:
     """A run that can begin.
 
     rows_key: what decides rows of the frozen layers, beside the examples and the cut. memory, gpu_memory, disk: what
-    the run takes.
+    the run takes, and of disks what was free before it began; the first has its scratch space.
     """
 
     settings: Settings
@@ -51,7 +53,12 @@ class Plan:
     rows_key: Mapping[str, Any]
     memory: memory.Memory
     gpu_memory: GpuMemory
-    disk: tuple[disk.Space, ...]
+    disk: tuple[disk.Disk, ...]
+
+    @property
+    def decoding(self) -> Room:
+        """Return what decoding may take."""
+        return Room(self.runtime.cores, self.memory.decoding, self.memory.one_photo)
 
     def train_examples(self, fraction: float) -> int:
         """Return about how many examples a result at ``fraction`` trains on; classes are rounded one by one."""
@@ -83,7 +90,7 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
         problems.extend(error.problems)
     if problems or opened is None or outlined is None or model is None or source is None:
         raise ConfigError(problems)
-    if problems := _too_many_replicas(settings, machine.replicas, source):
+    if problems := _too_few_examples(settings, machine.replicas, source):
         raise ConfigError(problems)
     (backbone, weights), (_, first_trainable) = model, outlined
     identity = {
@@ -100,14 +107,16 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
     held = _held(source, settings)
     batch = -(-min(settings.training.batch_size, max(2, source.splits["train"].examples)) // settings.workers)
     taken = _memory(settings, machine, backbone, first_trainable, batch=batch, examples=sum(held.values()))
+    taken = replace(taken, photos=decoding_at_full_speed(source, machine.cores))
     on_gpu = _gpu_memory(settings, machine, backbone, first_trainable, batch)
-    cut = _choose_cut(settings, machine, held, backbone, first_trainable, folder, kept, taken)
+    cut = _choose_cut(settings, machine, held, backbone, first_trainable, folder, kept, taken, places)
     spaces = disk.spaces(settings, folder, held, backbone, cut, kept, places)
     taken = replace(taken, files=disk.files_in_memory(spaces))
+    found = disk.disks(spaces)
     if read_manifest(places.run) is None:
         _check_memory(taken)
         _check_memory(on_gpu)
-        if problems := disk.disk_problems(spaces):
+        if problems := [problem for each in found if (problem := each.problem())]:
             raise ConfigError(problems)
         if taken.is_tight:
             logger.warning(
@@ -131,7 +140,7 @@ def make_plan(settings: Settings, machine: Runtime, folder: Path) -> Plan:
         rows_key=rows_key,
         memory=taken,
         gpu_memory=on_gpu,
-        disk=spaces,
+        disk=tuple(found),
     )
 
 
@@ -198,24 +207,25 @@ def _check_memory(taken: memory.Memory | GpuMemory) -> None:
 
 def _choose_cut(
     settings: Settings, machine: Runtime, held: Mapping[str, int], backbone: keras.Model, first_trainable: int,
-    folder: Path, kept: Mapping[tuple[str, str], int], taken: memory.Memory,
+    folder: Path, kept: Mapping[tuple[str, str], int], taken: memory.Memory, places: Places,
 ) -> cuts.Candidate:  # fmt: skip
     training, examples = settings.training, sum(held.values())
-    other = settings.model.image_size**2 * 3 + 4 * backbone.output_shape[-1]
+    found = cuts.candidates(backbone, first_trainable, row_dtype().itemsize)
+    # what is written beside the rows of a cut: at the pixels there are none
+    other = disk.disks(disk.spaces(settings, folder, held, backbone, found[0], {}, places))[0].needed
     # rows that are kept from an earlier run take no room again: with them, the choice is the same as it was then
-    room = disk_left(folder) + sum(kept.values())
+    room = disk.room(folder, disk.scratch_quota(settings))[0] + sum(kept.values())
     if in_memory(folder):
-        room = min(room, taken.limit - taken.needed - disk.COPIES_IN_SCRATCH * disk.bytes_of_model(backbone))
+        room = min(room, taken.limit - replace(taken, photos=0).needed)
     means = cuts.Means(
         epochs=(training.epochs - training.resolved_head_epochs)
         * len(training.seeds)
         * len(settings.data.train_fractions),
         examples=examples,
-        disk=room - examples * other,
+        disk=room - other,
         memory=memory_limit(),
         flops_per_second=cuts.FLOPS_OF_GPU if machine.gpu else machine.cores * cuts.FLOPS_PER_CORE,
     )
-    found = cuts.candidates(backbone, first_trainable, row_dtype().itemsize)
     chosen = cuts.choose(found, means)
     if training.augmentation != "none":
         logger.info(
@@ -240,14 +250,18 @@ def _open_source(settings: Settings, replicas: Replicas, *, prepare: bool) -> So
     return source
 
 
-def _too_many_replicas(settings: Settings, replicas: Replicas, source: Source) -> list[Problem]:
-    """Return what is wrong with settings under which a device or a worker would have nothing to do."""
+def _too_few_examples(settings: Settings, replicas: Replicas, source: Source) -> list[Problem]:
+    """Return what is wrong with settings under which a class, a device or a worker would have nothing to do."""
     found = []
     if settings.training.batch_size < replicas.count:
         message = (
             f"received {settings.training.batch_size} for {replicas.count} devices; give at least one example each"
         )
         found.append(Problem("TRANSFER_BATCH_SIZE", message))
+    train, classes = source.splits["train"], len(source.classes)
+    if train.examples < classes:
+        message = f"{train.expression!r} has {train.examples} examples for {classes} classes, each of which needs one"
+        found.append(Problem(SPLIT_VARIABLES["train"], f"{message}; take a larger part"))
     for name, split in source.splits.items():
         if split.examples < replicas.workers:
             message = (

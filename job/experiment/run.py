@@ -157,6 +157,7 @@ def _decode(plan: Plan, folder: Path, console: Console) -> dict[str, Rows]:
             settings.data.max_bad_images,
             lambda _done, _total: advance(1),
             plan.runtime.replicas,
+            plan.decoding,
         )
 
 
@@ -226,13 +227,20 @@ def _summary(record: manifest.Manifest, console: Console) -> None:
     if any(result.cost is None for result in record.results):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     console.table(title, columns, rows)
+    seconds = [result.seconds for result in record.results]
+    decoding, features = sum(each.data for each in seconds), sum(each.features for each in seconds)
+    logger.info(
+        "beside their own, results share %.0f s of decoding and %.0f s of frozen layers: %.0f s in all",
+        decoding, features, sum(each.total for each in seconds),
+    )  # fmt: skip
     logger.info("%s", record.verdict)
 
 
 def _by_result(record: manifest.Manifest) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows with every result; the cost comes last."""
     labels = comparisons.labels(record.results)
-    columns = ["arm", "train", "trainable", "test accuracy", "95% interval", "test loss", "seconds", "images/s", "cost"]
+    columns = ["arm", "train", "trainable", "test accuracy", "95% interval", "test loss"]
+    columns += ["own seconds", "images/s", "own cost"]
     return columns, [
         [
             labels(result),
@@ -241,9 +249,9 @@ def _by_result(record: manifest.Manifest) -> tuple[list[str], list[list[str]]]:
             f"{result.metrics.test.accuracy:.4f}",
             _interval(result.metrics.test.accuracy_interval),
             f"{result.metrics.test.loss:.4f}",
-            f"{result.seconds.total:.0f}",
+            f"{comparisons.own_seconds(result):.0f}",
             f"{result.examples_per_second:.0f}",
-            f"{result.cost or 0:.4f}",
+            f"{comparisons.own_cost(result) or 0:.4f}",
         ]
         for result in record.results
     ]
@@ -251,7 +259,7 @@ def _by_result(record: manifest.Manifest) -> tuple[list[str], list[list[str]]]:
 
 def _by_arm(record: manifest.Manifest) -> tuple[list[str], list[list[str]]]:
     """Return columns and rows with the means over seeds; the cost comes last."""
-    columns = ["arm", "train", "seeds", "test accuracy", "95% interval", "seconds each", "cost each"]
+    columns = ["arm", "train", "seeds", "test accuracy", "95% interval", "own seconds each", "own cost each"]
     return columns, [
         [
             each.arm,
@@ -259,8 +267,8 @@ def _by_arm(record: manifest.Manifest) -> tuple[list[str], list[list[str]]]:
             f"{len(each.seeds)}",
             f"{each.test_accuracy:.4f}",
             _interval(each.interval),
-            f"{each.seconds:.0f}",
-            f"{each.cost or 0:.4f}",
+            f"{each.own_seconds or 0:.0f}",
+            f"{each.own_cost or 0:.4f}",
         ]
         for each in record.summaries
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import platform as machine
 import time
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import tensorflow as tf
 from tensorflow.python.client import device_lib
 
 from job.errors import ConfigError, first_line
-from job.machine import gpu_diagnosis
+from job.machine import gpu_diagnosis, limits
 from job.machine.replicas import Replicas, connect
 from job.settings.groups import PlatformSettings, RuntimeSettings
 
@@ -122,7 +121,6 @@ def _prepared(
         tf.config.experimental.enable_op_determinism()
     told = replicas.gather("\n".join(_device_names(gpus, replicas.local)).encode())
     names = tuple(name for names in told for name in names.decode().split("\n"))
-    cores = len(os.sched_getaffinity(0))
     return Runtime(
         devices=names,
         precision=precision,
@@ -131,7 +129,7 @@ def _prepared(
         gpu=bool(gpus),
         gpu_bytes=_gpu_bytes() if gpus else 0,
         tf32=tf32,
-        cores=cores,
+        cores=limits.cpus(),
         proof=proof,
         replicas=replicas,
     )
@@ -182,7 +180,7 @@ def _logical_devices() -> tuple[str, ...]:
 
 def _device_names(gpus: list[tf.config.PhysicalDevice], devices: int) -> tuple[str, ...]:
     if not gpus:
-        return (f"CPU ({machine.machine()}, {len(os.sched_getaffinity(0))} cores)",) * devices
+        return (f"CPU ({machine.machine()}, {limits.cpus()} cores)",) * devices
     details = [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
     return tuple(f"GPU ({detail.get('device_name', 'unknown')})" for detail in details)
 

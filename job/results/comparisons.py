@@ -78,7 +78,7 @@ def summaries(scored: Scored) -> tuple[Summary, ...]:
     """Return a summary of all seeds of each arm at each fraction; fractions ascend, arms in their order."""
     found = []
     for cell in itertools.chain.from_iterable(_cells(scored)):
-        costs = [result.cost for result in cell.results if result.cost is not None]
+        costs, own_costs = [result.cost for result in cell.results], [own_cost(result) for result in cell.results]
         found.append(
             Summary(
                 arm=cell.arm,
@@ -89,10 +89,34 @@ def summaries(scored: Scored) -> tuple[Summary, ...]:
                 interval=accuracy_interval_over_seeds(cell.hits),
                 method=WILSON if len(cell.results) == 1 else WILSON_OVER_SEEDS,
                 seconds=sum(result.seconds.total for result in cell.results) / len(cell.results),
-                cost=sum(costs) / len(costs) if len(costs) == len(cell.results) else None,
+                cost=_mean(costs),
+                own_seconds=_mean([own_seconds(result) for result in cell.results]),
+                own_cost=_mean(own_costs),
             )
         )
     return tuple(found)
+
+
+def own_seconds(result: Result) -> float:
+    """Return the seconds that a result took, without what it shares with others: decoding, passes of frozen layers.
+
+    The record has them at the first result that needed them.
+    """
+    seconds = result.seconds
+    return max(0.0, seconds.total - seconds.data - seconds.features)
+
+
+def own_cost(result: Result) -> float | None:
+    """Return the cost of :func:`own_seconds`; None where there is no price."""
+    if result.cost is None or not result.seconds.total:
+        return result.cost
+    return result.cost * own_seconds(result) / result.seconds.total
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean; None where a value is unknown."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
 
 
 def comparisons(scored: Scored) -> tuple[Comparison, ...]:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from job.arms import ARMS, about
 from job.manifest import Comparison, Manifest, Result, Summary
 from job.results import charts
+from job.results.comparisons import own_cost, own_seconds
 from job.results.formatting import SHOWN_CLASSES, Quotes, classes_shown, pointer, templates
 from job.results.statistics import CALIBRATION_BINS
 
@@ -55,6 +56,17 @@ class Group:
     def has_cost(self) -> bool:
         """Whether every seed was priced."""
         return all(result.cost is not None for result in self.results)
+
+    @property
+    def own_seconds(self) -> float:
+        """Mean over the seeds, without what results share."""
+        return fmean(own_seconds(result) for result in self.results)
+
+    @property
+    def own_cost(self) -> float | None:
+        """Likewise; null where a seed was not priced."""
+        costs = [cost for result in self.results if (cost := own_cost(result)) is not None]
+        return fmean(costs) if len(costs) == len(self.results) else None
 
     @property
     def examples(self) -> int:
@@ -237,6 +249,7 @@ def render(manifest: Manifest, photos: Mapping[str, bytes]) -> str:
         photo=_embedded(photos),
         bought=[None if commonest is None else bought(group, manifest.results, commonest, price) for group in groups],
         price=price,
+        everywhere=[pointer("results", index) for index in range(len(manifest.results))],
         wide=_wide(ends),
         overall=overall,
         overall_at={size: [i for i in overall if manifest.comparisons[i].train_fraction == size] for size in fractions},

@@ -127,6 +127,17 @@ def skip_metadata_server(environ: MutableMapping[str, str] = os.environ) -> None
     environ.setdefault("NO_GCE_CHECK", "true")
 
 
+# What TensorFlow, OpenBLAS (NumPy's and SciPy's) and OpenMP (scikit-learn's) take the size of their pools from. All but
+# the last know on how many CPUs the process may run, none knows how much of their time its control group may take.
+_POOL_SIZES = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+def bound_threads(cpus: int, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have libraries start as many threads as there are ``cpus``; call before NumPy and TensorFlow are imported."""
+    for name in _POOL_SIZES:
+        environ.setdefault(name, str(cpus))
+
+
 # --- the table of variables --------------------------------------------------------------------------------------
 
 

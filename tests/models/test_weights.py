@@ -111,7 +111,7 @@ def test_a_file_that_holds_no_weights_is_named_for_what_it_is(tmp_path: Path, co
     path = tmp_path / "weights.h5"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=reason):
-        read_weights_file(path)
+        read_weights_file(path, tmp_path, 1000)
 
 
 def test_an_archive_without_weights_is_called_damaged(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_an_archive_without_weights_is_called_damaged(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("config.json", "{}")
     with pytest.raises(ValueError, match="damaged"):
-        read_weights_file(path)
+        read_weights_file(path, tmp_path, 1000)
 
 
 def test_an_hdf5_file_of_something_else_is_said_to_be_none_of_keras(tmp_path: Path) -> None:
@@ -127,4 +127,4 @@ def test_an_hdf5_file_of_something_else_is_said_to_be_none_of_keras(tmp_path: Pa
     with h5py.File(path, "w") as file:
         file["temperature"] = np.arange(3.0)
     with pytest.raises(ValueError, match="not one in which Keras keeps"):
-        read_weights_file(path)
+        read_weights_file(path, tmp_path, 1000)

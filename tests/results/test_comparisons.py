@@ -93,6 +93,18 @@ def test_seconds_and_cost_are_means_and_a_cost_is_there_only_if_all_are_priced()
     assert found.cost == 0.375
 
 
+def test_what_results_share_is_no_result_s_own() -> None:
+    (one, hits), (other, _) = run({"frozen": [40]}, (0, 1))
+    first = one.seconds.model_copy(update={"data": 20.0, "features": 10.0, "total": 36.0})
+    later = one.seconds.model_copy(update={"data": 0.0, "features": 0.0, "total": 6.0})
+    results = [
+        each.model_copy(update={"seconds": seconds, "cost": seconds.total / 2})
+        for each, seconds in ((one, first), (other, later))
+    ]
+    (found,) = summaries([(each, hits) for each in results])
+    assert (found.seconds, found.cost, found.own_seconds, found.own_cost) == (21.0, 10.5, 6.0, 3.0)
+
+
 # --- comparisons -------------------------------------------------------------------------------------------------
 
 

@@ -207,7 +207,11 @@ def recomputed(manifest: dict[str, Any], named: dict[str, str], places: list[str
         alone += sum(result["seconds"]["features"] for result in results)
     gain = fmean(test["accuracy"] for test in tests) - baseline
     price = manifest["settings"].get("cost_per_hour")
-    figures = {"alone": alone, "gain": gain, "gain-per-minute": 100 * gain / (alone / 60)}
+    own = [max(0.0, part["total"] - part["data"] - part["features"]) for part in seconds]
+    costs = [at(manifest, place).get("cost") for place in places]
+    if how == "own-cost":
+        return fmean(cost * mine / part["total"] for cost, mine, part in zip(costs, own, seconds, strict=True))
+    figures = {"own": fmean(own), "alone": alone, "gain": gain, "gain-per-minute": 100 * gain / (alone / 60)}
     return 100 * gain / (alone / 3600 * price) if how == "gain-per-money" else figures[how]
 
 

@@ -12,6 +12,7 @@ from job.errors import ConfigError
 from job.settings.environment import (
     Settings,
     Variable,
+    bound_threads,
     fingerprint,
     load,
     log_format,
@@ -342,6 +343,17 @@ def test_the_platforms_variables_are_read_under_their_own_names() -> None:
     assert platform.checkpoint_dir is None
 
 
+@pytest.mark.parametrize(("text", "expected"), [("", None), ("0", 0), ("27917287424", 27_917_287_424)])
+def test_the_limit_of_ephemeral_storage_is_a_number_of_bytes(text: str, expected: int | None) -> None:
+    assert load({"EPHEMERAL_STORAGE_LIMIT": text}).platform.ephemeral_storage_limit == expected
+
+
+@pytest.mark.parametrize("text", ["26Gi", "-1", "many"])
+def test_a_limit_of_ephemeral_storage_that_is_no_number_of_bytes_is_refused(text: str) -> None:
+    message = problems_of({"EPHEMERAL_STORAGE_LIMIT": text})["EPHEMERAL_STORAGE_LIMIT"]
+    assert f"received '{text}'; accepted: a whole number, at least 0" in message
+
+
 def test_no_secret_of_a_value_is_repeated_in_an_error() -> None:
     environ = {
         "TRANSFER_WEIGHTS": "https://user:hunter2@example.com/w.h5?X-Goog-Signature=hunter2",
@@ -482,6 +494,13 @@ def test_tensorflow_is_quietened_unless_told_otherwise() -> None:
     prepare_tensorflow(told)
     assert unset["TF_CPP_MIN_LOG_LEVEL"] == "2"
     assert told == unset | {"TF_CPP_MIN_LOG_LEVEL": "0"}
+
+
+def test_pools_have_as_many_threads_as_there_are_cpus_unless_told_otherwise() -> None:
+    environ = {"OMP_NUM_THREADS": "7"}
+    bound_threads(3, environ)
+    three = dict.fromkeys(("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OPENBLAS_NUM_THREADS"), "3")
+    assert environ == three | {"OMP_NUM_THREADS": "7"}
 
 
 def test_a_settings_error_and_the_table_need_neither_tensorflow_nor_keras() -> None:
