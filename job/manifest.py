@@ -58,9 +58,7 @@ RunPath = Annotated[
 
 _ROW = re.compile(rb"\[\n\s+(\d+(?:,\n\s+\d+)*)\n\s+\]")
 # Fields that do not apply to every record of their kind: they are absent then, not null.
-_ABSENT = {
-    *("batch_norm", "energy_joules", "cost", "export_proof", "code", "revision", "image", "own_seconds", "own_cost")
-}
+_OMIT = {"batch_norm", "energy_joules", "cost", "own_cost", "own_seconds", "export_proof", "code", "revision", "image"}
 
 
 class Record(BaseModel):
@@ -71,7 +69,7 @@ class Record(BaseModel):
     @model_serializer(mode="wrap")
     def _leave_out_what_does_not_apply(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name not in _ABSENT or value is not None}
+        return {name: value for name, value in fields.items() if name not in _OMIT or value is not None}
 
 
 class Code(Record):
