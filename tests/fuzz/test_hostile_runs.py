@@ -100,7 +100,7 @@ class Scene:
         for event, (place, *more) in self.watch.seen:
             if isinstance(place, int):  # it was opened before
                 continue
-            assert event in ("open", "os.scandir", "os.listdir"), (event, place)
+            assert event in ("open", "os.scandir", "os.listdir", "os.walk"), (event, place)
             where = Path(os.path.realpath(place))
             assert not str(place).startswith(NEVER), place
             if self.base in (where, *where.parents):  # what is imported on the way lies elsewhere
