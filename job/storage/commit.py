@@ -23,7 +23,7 @@ from enum import Enum
 from pydantic import ValidationError
 
 from job.errors import ConfigError, JobError, UnavailableError
-from job.manifest import MANIFEST, PENDING, Artifact, Manifest, Record
+from job.manifest import MANIFEST, PENDING, Artifact, Manifest, Record, RunPath
 from job.storage.finished import at_once, opened, sealed
 from job.storage.store import Store
 from job.storage.verification import differences
@@ -47,7 +47,7 @@ class _Commit(Record):
     """What is being published. stored: the name of each artifact below ``checkpoints/``, by its path."""
 
     manifest: Manifest
-    stored: dict[str, str]
+    stored: dict[RunPath, RunPath]
 
 
 def read_manifest(store: Store) -> Manifest | None:
@@ -210,6 +210,8 @@ def _decided(store: Store, fingerprint: str) -> _Commit | None:
         return None
     try:
         decided = _Commit.model_validate_json(opened(data))
+        if unknown := [each.path for each in decided.manifest.artifacts if each.path not in decided.stored]:
+            raise ValueError(f"it does not say where {unknown[0]} is stored")
     except ValueError:
         logger.warning("%s/%s is damaged: it is removed", pending.uri, _COMMIT)
         pending.delete(_COMMIT)
@@ -246,7 +248,7 @@ def _remove_extra(store: Store, manifest: Manifest) -> None:
     folders = {path.partition("/")[0] for path in listed if "/" in path}
     for name in store.list():
         if name.partition("/")[0] in folders and name not in listed:
-            logger.warning("%s/%s is of no result of this run: it is removed", store.uri, name)
+            logger.warning("%s/%r is of no result of this run: it is removed", store.uri, name)
             store.delete(name)
 
 

@@ -50,7 +50,7 @@ def deliver(run: Store, manifest: Manifest, target: Store) -> None:
             time.sleep(random.uniform(0, 2 ** (attempt - 1)))  # noqa: S311 - two that wait equally long meet again
         at_once(copy, wanted)
         for name in strangers:
-            logger.warning("%s/%s is of another model: it is removed", target.uri, name)
+            logger.warning("%s/%r is of another model: it is removed", target.uri, name)
             target.delete(name)
     raise UnavailableError(f"{target.uri} (AIP_MODEL_DIR) changes while the model is put there; try again later")
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from job.errors import UnavailableError
-from job.manifest import PENDING, Artifact, Record, Result
+from job.manifest import PENDING, Artifact, Record, Result, RunPath
 from job.storage.store import THREADS, Store, checksums
 from job.storage.verification import differences
 
@@ -37,7 +37,7 @@ class Finished(Record):
     fingerprint: str
     result: Result
     correct: str
-    place: str
+    place: RunPath
     artifacts: tuple[Artifact, ...]
 
     @property

@@ -159,7 +159,7 @@ def test_a_store_may_be_named_by_a_link(outside: Path, tmp_path: Path) -> None:
     assert (outside / "below" / "x").read_bytes() == b"x"
 
 
-@pytest.mark.parametrize("which", ["path", "stored", "link"])
+@pytest.mark.parametrize("which", ["path", "stored", "missing", "link"])
 def test_a_commit_that_somebody_made_up_writes_nothing_outside_and_reads_nothing_there(
     folder: Store, outside: Path, tmp_path: Path, which: str
 ) -> None:
@@ -172,6 +172,8 @@ def test_a_commit_that_somebody_made_up_writes_nothing_outside_and_reads_nothing
         stored["../outside/new"] = stored[first]
     elif which == "stored":
         stored[first] = "../../outside/file"
+    elif which == "missing":
+        del stored[first]
     else:
         (tmp_path / "store" / "arms").symlink_to(outside)
     content = json.dumps({"manifest": fields, "stored": stored}).encode()
