@@ -220,7 +220,7 @@ def test_another_experiment_under_an_id_that_another_has_begun_with_is_refused_b
 def test_results_are_the_same_without_the_cache_and_in_another_order(
     published: Published, small: dict[str, str], tmp_path: Path
 ) -> None:
-    """Bit for bit where kernels make the same of a photo wherever it stands in the batch, elsewhere to rounding."""
+    """Bit for bit where kernels make the same of a photo whatever else is in its batch, elsewhere to rounding."""
     changes = {"TRANSFER_FEATURE_CACHE": "off", "TRANSFER_ARMS": "fine_tune,frozen", "TRANSFER_RUN_ID": "uncached"}
     other = published_by(small | changes, tmp_path)
     for arm in ("fine_tune", "frozen"):
