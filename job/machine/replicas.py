@@ -278,7 +278,6 @@ def connect(cluster: Cluster | None, devices: Sequence[str]) -> Replicas:
         watch.start()
         replicas = Replicas(strategy, cluster, strategy.extended.worker_devices, watch)
         with replicas.ending_alike():
-            stopping.heed_again()
             replicas.agree("TF_CONFIG", "the number of devices", str(replicas.local))
         return replicas
     if len(devices) > 1:

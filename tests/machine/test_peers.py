@@ -102,7 +102,7 @@ def test_a_lost_worker_is_noticed_in_native_code_too() -> None:
     lock = "ctypes.CDLL(None).pthread_mutex_lock"
     waits = f"mutex = ctypes.create_string_buffer(128); {lock}(mutex); {lock}(mutex)"
     code = "import ctypes\n" + _WATCHED.format(waits=waits)
-    done = python(code, free_port(), ends=143, seconds=LONGEST + 5)
+    done = python(code, free_port(), ends=74, seconds=LONGEST + 5)
     assert "gone, so this worker ends too: 127.0.0.1:" in done.stderr
     assert "ended without saving more" in done.stderr
 
