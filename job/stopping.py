@@ -24,57 +24,54 @@ GRACE_SECONDS: Final = 25.0
 # Kept for the way out: the process has ended when the grace period has.
 _MARGIN_SECONDS = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# By which the main thread learns of a request, and leaves a call of the system: one that nothing else is known to use.
+_TO_MAIN = signal.SIGRTMIN + 9
+_SECONDS_TO_HEAR = 0.25
 
 # Not an Event: a second signal's handler would wait for the lock that the first one's holds while it sets it.
 _asked = False
+_heard = False  # by the main thread
 _code = Stopped.exit_code
 _deferrals = 0
 _hooks: list[Callable[[], None]] = []
 
 
 def heed() -> None:
-    """Turn the first SIGTERM or SIGINT into Stopped; call once, in the main thread, as early as possible.
+    """Turn the first SIGTERM or SIGINT into Stopped; call once, in the main thread, before any other is started.
 
     Whatever the process does then, it ends with exit code 143 within the grace period; a second signal ends it at
     once. Both are the work of a thread: Python runs a signal's handler between two of its own instructions, and native
     code can take minutes. Nor can this be left to the kernel's default action, which spares a process with PID 1.
+
+    That thread takes the signals, which are blocked in all others, and no handler of theirs runs: TensorFlow sets one
+    for SIGTERM when it joins other workers, which does not end. Processes that are started inherit the block.
     """
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    _take_signals()
-    threading.Thread(target=_watch, args=(reading,), name="signals", daemon=True).start()
-
-
-def heed_again() -> None:
-    """Take the signals back from native code that took them over; nothing is done where they were never heeded.
-
-    TensorFlow takes SIGTERM for itself when it joins other workers, and does not end.
-    """
-    if signal.getsignal(signal.SIGTERM) is _stop:
-        _take_signals()
-
-
-def _take_signals() -> None:
-    for number in _SIGNALS:
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    for number in (*_SIGNALS, _TO_MAIN):
         signal.signal(number, _stop)
+    threading.Thread(target=_watch, name="signals", daemon=True).start()
 
 
 def _stop(_number: int, _frame: FrameType | None) -> None:
-    global _asked
-    _asked = True
+    global _asked, _heard
+    _asked = _heard = True
     if not _deferrals:
         stop_if_asked()
 
 
-def _watch(reading: int) -> None:
+def _watch() -> None:
     global _asked
-    _next_request(reading)
+    signal.sigwait(_SIGNALS)
     _asked = True
     _end_after(GRACE_SECONDS - _MARGIN_SECONDS, "the grace period is over")
     for hook in tuple(_hooks):
         _thread.start_new_thread(hook, ())
-    _next_request(reading)
+    # again and again: a signal that comes just before a call of the system does not end it
+    while not _heard:
+        signal.pthread_kill(threading.main_thread().ident or 0, _TO_MAIN)
+        if signal.sigtimedwait(_SIGNALS, _SECONDS_TO_HEAR) is not None:
+            _end("asked a second time")
+    signal.sigwait(_SIGNALS)
     _end("asked a second time")
 
 
@@ -102,12 +99,6 @@ def _end_after(seconds: float, why: str) -> None:
 
     # not threading.Thread: it waits for a lock, which an exception from the handler may have left held
     _thread.start_new_thread(wait, ())
-
-
-def _next_request(reading: int) -> None:
-    # other signals that Python handles are written to the pipe too
-    while os.read(reading, 1)[0] not in _SIGNALS:
-        pass
 
 
 def _end(why: str) -> None:

@@ -185,7 +185,7 @@ class Watch:
             if gone:
                 logger.error("gone, so this worker ends too: %s", _named(gone))
                 self.lost = True
-                stopping.ask("a worker has gone", _SECONDS_TO_END)
+                stopping.ask("a worker has gone", _SECONDS_TO_END, UnavailableError.exit_code)
                 return
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # From when all workers are there until TensorFlow has joined them: it first takes hold of the GPUs.
 _SECONDS_TO_JOIN = 60
+_LONGEST_JOIN = 80.0  # in case that TensorFlow does not keep to it
+_SECONDS_TO_HEAR = 0.1  # until a thread has run that could not meanwhile
 # Until all have heard of a stop that is told to them.
 _SECONDS_TO_SPREAD = 0.5
 _STOP = "job/stop"  # its name in TensorFlow's coordination service
@@ -218,8 +222,7 @@ class Replicas:
             with stopping.when_asked(self._tell):
                 yield
         except (*_LOSSES, RuntimeError) as error:
-            # pybind11 makes one of its own of a stop that comes while TensorFlow's exception is made
-            if not isinstance(error, _LOSSES) and Stopped.__name__ not in str(error):
+            if not _is_loss(error):
                 raise
             # who was asked to stop does not wait for the others
             if stopping.asked_to_stop() and not self._watch.lost:
@@ -267,18 +270,24 @@ def connect(cluster: Cluster | None, devices: Sequence[str]) -> Replicas:
     if cluster is not None:
         found = meet(cluster)
         watch = Watch({peer: found[peer] for peer in cluster.peers})
-        try:
-            strategy = _join(cluster)
-        except _LOSSES as error:
-            raise _lost(first_line(error)) from error
-        except Stopped:
-            _tell_stop(cluster.index)
-            raise
+        # TensorFlow holds Python's lock while it joins: no thread of ours runs, and a signal is heeded afterwards
+        with _ended_after(_LONGEST_JOIN):
+            try:
+                strategy = _join(cluster)
+                time.sleep(_SECONDS_TO_HEAR)
+            except (*_LOSSES, RuntimeError) as error:
+                if not _is_loss(error):
+                    raise
+                time.sleep(_SECONDS_TO_HEAR)
+                stopping.stop_if_asked()
+                raise _lost(first_line(error)) from error
+            except Stopped:
+                _tell_stop(cluster.index)
+                raise
         threading.Thread(target=_heed_others, args=[cluster.index], name="stop of others", daemon=True).start()
         watch.start()
         replicas = Replicas(strategy, cluster, strategy.extended.worker_devices, watch)
         with replicas.ending_alike():
-            stopping.heed_again()
             replicas.agree("TF_CONFIG", "the number of devices", str(replicas.local))
         return replicas
     if len(devices) > 1:
@@ -304,6 +313,17 @@ def _join(cluster: Cluster) -> tf.distribute.Strategy:
     return tf.distribute.MultiWorkerMirroredStrategy(resolver)
 
 
+@contextlib.contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """End the process with a traceback and exit code 1 if the block takes longer, by a thread that is not Python's."""
+    if sys.stderr is not None:
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def _tell_stop(worker: int) -> None:
     # whoever is not joined has nobody to tell, and a second one has nothing new to tell
     with contextlib.suppress(tf.errors.OpError):
@@ -319,6 +339,11 @@ def _heed_others(worker: int) -> None:
         if int(told) != worker and not stopping.asked_to_stop():
             logger.info("worker %s was asked to stop, so this one stops too", told)
             stopping.ask(f"worker {told} was asked to stop", stopping.GRACE_SECONDS)
+
+
+def _is_loss(error: Exception) -> bool:
+    # pybind11 makes an error of its own of a stop that comes while TensorFlow's is made
+    return isinstance(error, _LOSSES) or Stopped.__name__ in str(error)
 
 
 def _lost(found: str) -> UnavailableError:

@@ -211,7 +211,7 @@ def test_two_workers_that_hold_a_share_each_find_what_one_finds(
 
 
 STOPPED = """
-import os, signal
+import os, signal, time
 from job import stopping
 stopping.heed()
 import numpy as np
@@ -222,6 +222,8 @@ from job.data.rows import Rows
 rows = Rows(("a", "b"), np.zeros(2, np.int32), np.zeros((2, 24, 24, 3), np.uint8), (b"a", b"b"))
 with stopping.deferred():
     os.kill(os.getpid(), signal.SIGTERM)
+    while not stopping._heard:
+        time.sleep(0.01)
     try:
         find({"train": rows, "test": rows}, Replicas())
     except Stopped as stop:

@@ -12,12 +12,13 @@ import pytest
 
 from job.machine.peers import Address, Places, answering, meet
 from job.settings.cluster import Cluster
-from tests.support.group import tf_config
+from tests.support.group import start, tf_config
 from tests.support.running import python
 from tests.support.servers import free_port
 
 # A lost worker ends the others within so many seconds, whatever they are doing.
 LONGEST = 30
+LONGEST_TO_JOIN = 100
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def test_a_lost_worker_is_noticed_in_native_code_too() -> None:
     lock = "ctypes.CDLL(None).pthread_mutex_lock"
     waits = f"mutex = ctypes.create_string_buffer(128); {lock}(mutex); {lock}(mutex)"
     code = "import ctypes\n" + _WATCHED.format(waits=waits)
-    done = python(code, free_port(), ends=143, seconds=LONGEST + 5)
+    done = python(code, free_port(), ends=74, seconds=LONGEST + 5)
     assert "gone, so this worker ends too: 127.0.0.1:" in done.stderr
     assert "ended without saving more" in done.stderr
 
@@ -198,3 +199,39 @@ def test_workers_that_do_not_come_are_named_and_end_those_that_wait() -> None:
     assert "1 of 3 workers were not there within" in done.stdout
     assert f"127.0.0.1:{ports[2]};" in done.stdout
     assert f"127.0.0.1:{ports[0]}" not in done.stdout.splitlines()[-1]
+
+
+_LEFT_ALONE = """
+from job import stopping
+stopping.heed()
+from job import __main__
+from job.machine import replicas
+replicas._LONGEST_JOIN = 3.0
+stopping.leave(__main__.main([]))
+"""
+
+
+def test_a_worker_that_tensorflow_does_not_join_to_others_ends() -> None:
+    ports = [free_port() for _ in range(3)]
+    # they were there, and answer nothing
+    with ExitStack() as opened:
+        for port in ports[1:]:
+            opened.enter_context(socket.create_server(("", port)))
+        settings = {"TF_CONFIG": tf_config(ports, 0), "TRANSFER_DATASET": "/nowhere"}
+        done = python(_LEFT_ALONE, ends=1, seconds=120, **settings)
+    assert "all 3 workers are there" in done.stdout
+    assert "Timeout (0:00:03)!" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stop_while_tensorflow_joins_the_others_is_heeded() -> None:
+    ports = [free_port() for _ in range(3)]
+    with ExitStack() as opened:
+        for port in ports[1:]:
+            opened.enter_context(socket.create_server(("", port)))
+        worker = start({"TF_CONFIG": tf_config(ports, 0), "TRANSFER_DATASET": "/nowhere"})
+        assert worker.until("all 3 workers are there")
+        time.sleep(3.0)
+        worker.process.terminate()
+        # not at once: TensorFlow holds Python's lock, until it gives up
+        assert worker.end(LONGEST_TO_JOIN).code == 143

@@ -183,6 +183,8 @@ def test_a_request_that_came_before_the_block_is_heeded_in_it() -> None:
 stopping.heed()
 with stopping.deferred():
     os.kill(os.getpid(), signal.SIGTERM)
+    while not stopping._heard:
+        time.sleep(0.01)
 try:
     with held_back():
         say("never")
@@ -315,7 +317,7 @@ for free in range(6):
 
 def test_a_process_without_standard_error_keeps_what_it_has_in_its_place() -> None:
     code = """
-stopping.heed()  # opens a pipe
+os.pipe()
 before = os.fstat(2)
 with held_back():
     assert sys.stderr is None
