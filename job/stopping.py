@@ -24,8 +24,10 @@ GRACE_SECONDS: Final = 25.0
 # Kept for the way out: the process has ended when the grace period has.
 _MARGIN_SECONDS = 1.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# By which the main thread learns of a request, and leaves a call of the system: one that nothing else is known to use.
+# By the first the main thread learns of a request, and leaves a call of the system; by the second the process asks
+# itself, which is no second request to one from outside. Nothing else is known to use them.
 _TO_MAIN = signal.SIGRTMIN + 9
+_FROM_WITHIN = signal.SIGRTMIN + 10
 _SECONDS_TO_HEAR = 0.25
 
 # Not an Event: a second signal's handler would wait for the lock that the first one's holds while it sets it.
@@ -46,7 +48,7 @@ def heed() -> None:
     That thread takes the signals, which are blocked in all others, and no handler of theirs runs: TensorFlow sets one
     for SIGTERM when it joins other workers, which does not end. Processes that are started inherit the block.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*_SIGNALS, _FROM_WITHIN))
     for number in (*_SIGNALS, _TO_MAIN):
         signal.signal(number, _stop)
     threading.Thread(target=_watch, name="signals", daemon=True).start()
@@ -61,7 +63,7 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
 
 def _watch() -> None:
     global _asked
-    signal.sigwait(_SIGNALS)
+    signal.sigwait((*_SIGNALS, _FROM_WITHIN))
     _asked = True
     _end_after(GRACE_SECONDS - _MARGIN_SECONDS, "the grace period is over")
     for hook in tuple(_hooks):
@@ -89,7 +91,7 @@ def ask(why: str, seconds: float, code: int = Stopped.exit_code) -> None:
     _end_after(seconds, why)
     if not _asked:
         _code = code
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), _FROM_WITHIN)
 
 
 def _end_after(seconds: float, why: str) -> None:

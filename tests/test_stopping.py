@@ -315,11 +315,12 @@ stopping.leave(command._guarded(work))
     assert done.returncode == 143, done.stderr
 
 
-def test_a_process_that_asks_itself_twice_goes_on_with_its_stop() -> None:
+@pytest.mark.parametrize("first", ["pass", "os.kill(os.getpid(), signal.SIGTERM)"])
+def test_a_process_that_asks_itself_twice_goes_on_with_its_stop(first: str) -> None:
     done = run(
-        """
+        f"""
 with stopping.deferred():
-    os.kill(os.getpid(), signal.SIGTERM)
+    {first}
     for _ in range(2):
         stopping.ask("tested", 30, 78)
     time.sleep(0.5)
@@ -330,14 +331,18 @@ with stopping.deferred():
     assert (done.stdout, done.returncode) == ("alive\n", 0), done.stderr
 
 
-@pytest.mark.parametrize(("first", "code"), [("", 78), ("os.kill(os.getpid(), signal.SIGTERM)", 143)])
+@pytest.mark.parametrize(
+    ("first", "code"),
+    [("pass", 78), ("os.kill(os.getpid(), signal.SIGTERM)\n    while not stopping._asked: time.sleep(0.01)", 143)],
+    ids=["nobody", "a signal"],
+)
 def test_a_process_that_does_not_stop_for_itself_is_ended_with_the_code_of_who_asked_first(
     first: str, code: int
 ) -> None:
     done = run(
         f"""
 with stopping.deferred():
-    {first or "pass"}
+    {first}
     stopping.ask("the test is over", 1, 78)
     time.sleep(60)
 """
