@@ -240,7 +240,10 @@ def _keras3_datasets(file: Any) -> Iterator[tuple[str, Any]]:
     waiting = [file]
     while waiting:
         group = waiting.pop()
-        for member in group.values():
+        # not group.values(): its iterator holds h5py's lock from one member to the next (3.14), and where a file is
+        # refused in between, the garbage collection of another thread waits for that lock for ever
+        for name in group:
+            member = group[name]
             parts = PurePosixPath(member.name).parts[1:]
             if isinstance(member, h5py.Group):
                 waiting.append(member)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import threading
 import zipfile
 from pathlib import Path
 
@@ -128,3 +129,15 @@ def test_an_hdf5_file_of_something_else_is_said_to_be_none_of_keras(tmp_path: Pa
         file["temperature"] = np.arange(3.0)
     with pytest.raises(ValueError, match="not one in which Keras keeps"):
         read_weights_file(path, tmp_path, 1000)
+
+
+def test_a_refused_file_leaves_hdf5_to_other_threads(tmp_path: Path) -> None:
+    path = tmp_path / "text.h5"
+    with h5py.File(path, "w") as file:
+        file["layers/conv2d/vars/0"] = ["text"]
+    with pytest.raises(ValueError, match="no array of numbers") as refused:
+        read_weights_file(path, tmp_path, 1000)
+    other = threading.Thread(target=lambda: h5py.File(path, "r").close(), daemon=True)
+    other.start()
+    other.join(30)
+    assert not other.is_alive(), f"h5py's lock is held by what {refused.type} keeps alive"
