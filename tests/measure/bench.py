@@ -1,4 +1,4 @@
-"""Measure the job beside plain Keras, on the same photos, weights, epochs and batch size; at most an hour on two quiet cores.
+"""Measure the job beside plain Keras, on the same photos, weights, epochs and batch size; within an hour on two cores.
 
     python -m tests.measure.bench [--rounds 3] [--full 1] [--json output/bench/figures.json] [--quick]
 
