@@ -68,12 +68,12 @@ def _watch() -> None:
     _end_after(GRACE_SECONDS - _MARGIN_SECONDS, "the grace period is over")
     for hook in tuple(_hooks):
         _thread.start_new_thread(hook, ())
-    # again and again: a signal that comes just before a call of the system does not end it
-    while not _heard:
-        signal.pthread_kill(threading.main_thread().ident or 0, _TO_MAIN)
-        if signal.sigtimedwait(_SIGNALS, _SECONDS_TO_HEAR) is not None:
-            _end("asked a second time")
-    signal.sigwait(_SIGNALS)
+    second = None
+    while second is None:
+        # again and again: a signal that comes just before a call of the system does not end it
+        if not _heard:
+            signal.pthread_kill(threading.main_thread().ident or 0, _TO_MAIN)
+        second = signal.sigtimedwait(_SIGNALS, _SECONDS_TO_HEAR)
     _end("asked a second time")
 
 

@@ -181,12 +181,13 @@ def test_a_worker_that_was_seen_and_has_gone_is_waited_for_again() -> None:
     assert done.stdout == "waits\nmet\n"
 
 
+# The command, where one of the job's bounds is of three seconds.
 _IMPATIENT = """
 from job import stopping
 stopping.heed()
 from job import __main__
-from job.machine import peers
-peers._LONGEST_SECONDS = 3.0
+from job.machine import {module}
+{module}.{bound} = 3.0
 stopping.leave(__main__.main([]))
 """
 
@@ -195,41 +196,35 @@ def test_workers_that_do_not_come_are_named_and_end_those_that_wait() -> None:
     ports = [free_port() for _ in range(3)]
     told = tf_config(ports, 1)
     with socket.create_server(("127.0.0.1", ports[0])):
-        done = python(_IMPATIENT, ends=74, seconds=120, TF_CONFIG=told, TRANSFER_DATASET="/nowhere")
+        code = _IMPATIENT.format(module="peers", bound="_LONGEST_SECONDS")
+        done = python(code, ends=74, seconds=120, TF_CONFIG=told, TRANSFER_DATASET="/nowhere")
     assert "1 of 3 workers were not there within" in done.stdout
     assert f"127.0.0.1:{ports[2]};" in done.stdout
     assert f"127.0.0.1:{ports[0]}" not in done.stdout.splitlines()[-1]
 
 
-_LEFT_ALONE = """
-from job import stopping
-stopping.heed()
-from job import __main__
-from job.machine import replicas
-replicas._LONGEST_JOIN = 3.0
-stopping.leave(__main__.main([]))
-"""
-
-
-def test_a_worker_that_tensorflow_does_not_join_to_others_ends() -> None:
+@contextmanager
+def joined_by_nobody() -> Iterator[dict[str, str]]:
+    """Yield the settings of a worker whose two peers are there, and answer nothing."""
     ports = [free_port() for _ in range(3)]
-    # they were there, and answer nothing
     with ExitStack() as opened:
         for port in ports[1:]:
             opened.enter_context(socket.create_server(("", port)))
-        settings = {"TF_CONFIG": tf_config(ports, 0), "TRANSFER_DATASET": "/nowhere"}
-        done = python(_LEFT_ALONE, ends=1, seconds=120, **settings)
+        yield {"TF_CONFIG": tf_config(ports, 0), "TRANSFER_DATASET": "/nowhere"}
+
+
+def test_a_worker_that_tensorflow_does_not_join_to_others_ends() -> None:
+    with joined_by_nobody() as settings:
+        code = _IMPATIENT.format(module="replicas", bound="_LONGEST_JOIN")
+        done = python(code, ends=1, seconds=120, **settings)
     assert "all 3 workers are there" in done.stdout
     assert "Timeout (0:00:03)!" in done.stderr
 
 
 @pytest.mark.slow
 def test_a_stop_while_tensorflow_joins_the_others_is_heeded() -> None:
-    ports = [free_port() for _ in range(3)]
-    with ExitStack() as opened:
-        for port in ports[1:]:
-            opened.enter_context(socket.create_server(("", port)))
-        worker = start({"TF_CONFIG": tf_config(ports, 0), "TRANSFER_DATASET": "/nowhere"})
+    with joined_by_nobody() as settings:
+        worker = start(settings)
         assert worker.until("all 3 workers are there")
         time.sleep(3.0)
         worker.process.terminate()
