@@ -29,7 +29,7 @@ from job.models import backbones, export
 from job.models.classifier import Classifier, Head
 from job.models.frozen_features import Computed, Features, mean_and_deviation
 from job.models.fused_batch_norm import unfuse_when_frozen
-from job.models.randomness import derived_seed
+from job.models.randomness import derived_seed, initial_values
 from job.stopping import stop_if_asked
 from job.training.augmentation import augmenter
 from job.training.checkpoints import Checkpoints
@@ -244,11 +244,10 @@ class Experiment:
             backbone = plan.network.backbone
             backbone.set_weights(self._pretrained)
         else:
-            keras.utils.set_random_seed(derived_seed(seed, "backbone"))
-            with plan.runtime.replicas.scope():
+            with plan.runtime.replicas.scope(), initial_values(derived_seed(seed, "backbone")):
                 backbone = backbones.build(plan.network.row, model.image_size, model.truncate_at)
-        keras.utils.set_random_seed(derived_seed(seed, "head"))
-        head = Head(len(self._classes), model.head_units, model.dropout)
+        with initial_values(derived_seed(seed, "head")):
+            head = Head(len(self._classes), model.head_units, model.dropout)
         preprocess, replicas = backbones.preprocessing(plan.network.row), plan.runtime.replicas
         with replicas.scope():
             classifier = Classifier(

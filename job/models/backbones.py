@@ -71,7 +71,7 @@ def build(row: BackboneRow, image_size: int, truncate_at: str | None = None) -> 
     """Return the backbone without top and with fresh random values: float [batch, size, size, 3] -> feature map.
 
     Its layers have the same names at every build in one process, and its initial values follow
-    ``keras.utils.set_random_seed``. To be called inside the distribution scope, if there is one.
+    ``randomness.initial_values``. To be called inside the distribution scope, if there is one.
 
     Raises:
         ConfigError: the image is smaller than the backbone accepts, or it cannot end at the layer ``truncate_at``.

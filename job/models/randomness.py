@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.random import seed_generator
 
 # What a step draws numbers for. Each has a stream of its own, so that one setting does not change another's draws.
 DROPOUT, AUGMENTATION = range(2)
@@ -19,6 +24,23 @@ def derived_seed(seed: int, purpose: str, *counters: int) -> int:
     """
     entropy = (seed, zlib.crc32(purpose.encode()), *counters)
     return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+
+
+@contextmanager
+def initial_values(seed: int) -> Iterator[None]:
+    """Have layers that are made in the block begin with values that hang on ``seed`` and on nothing else.
+
+    Keras 3 draws a seed for each initializer from Python's own generator, from which other threads draw too: Google's
+    client waits for random times before it tries again, and the layers made after that had other values. So Keras is
+    given a generator of its own, in the one place where it names it. The values are those of ``set_random_seed``.
+    """
+    keras.utils.set_random_seed(seed)
+    shared = seed_generator.python_random
+    seed_generator.python_random = random.Random(seed)  # noqa: S311
+    try:
+        yield
+    finally:
+        seed_generator.python_random = shared
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import pytest
 from job.backbone_table import BACKBONES
 from job.errors import Problem
 from job.models import backbones, weights
+from job.models.randomness import initial_values
 from tests.support.real import WEIGHTS as OFFICIAL
 from tests.support.refusals import assert_told, refused
 from tests.support.running import ROOT, SHARED
@@ -132,10 +133,9 @@ def test_building_keeps_the_dtype_policy() -> None:
 
 def test_initial_values_follow_the_seed() -> None:
     kernels = []
-    for seed in (1, 1, None):
-        if seed is not None:
-            keras.utils.set_random_seed(seed)
-        kernels.append(backbones.build(MOBILENET, 32).get_layer("conv1").get_weights()[0])
+    for seed in (1, 1, 2):
+        with initial_values(seed):
+            kernels.append(backbones.build(MOBILENET, 32).get_layer("conv1").get_weights()[0])
     assert np.array_equal(kernels[0], kernels[1])
     assert not np.array_equal(kernels[0], kernels[2])
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -18,7 +17,7 @@ from job.machine import console
 from job.machine.replicas import Replicas
 from job.models.backbones import build, preprocessing
 from job.models.classifier import Classifier, Cut, Head
-from job.models.randomness import DROPOUT, Chance
+from job.models.randomness import DROPOUT, Chance, initial_values
 from job.settings.groups import TrainingSettings
 from job.training.augmentation import augmenter
 from job.training.compilation import Compilation, Mode
@@ -44,10 +43,10 @@ def pixels() -> Rows:
 
 
 def classifier() -> Classifier:
-    keras.utils.set_random_seed(3)
     row = BACKBONES["MobileNet"]
     # cut short: the signs of Adam's steps hang on rounding, more so the deeper the network
-    return Classifier(build(row, 33, "conv_pw_2_relu"), preprocessing(row), Head(2, (4,), 0.25), 5)
+    with initial_values(3):
+        return Classifier(build(row, 33, "conv_pw_2_relu"), preprocessing(row), Head(2, (4,), 0.25), 5)
 
 
 def trained(

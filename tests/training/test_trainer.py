@@ -23,7 +23,7 @@ from job.models.backbones import build, preprocessing
 from job.models.classifier import Classifier, Cut, Head
 from job.models.frozen_features import mean_and_deviation
 from job.models.inference import INFERENCE_BATCH, inference_batch, run_over
-from job.models.randomness import derived_seed
+from job.models.randomness import derived_seed, initial_values
 from job.models.recalibration import Recalibrator, assign, statistics
 from job.settings.groups import TrainingSettings
 from job.training.checkpoints import Checkpoint, Checkpoints
@@ -53,8 +53,8 @@ class Pooled:
     """A model whose backbone was left behind: rows are pooled features, only the head is there."""
 
     def __init__(self, seed: int = 0) -> None:
-        keras.utils.set_random_seed(seed)
-        self.head = Head(3, (8,), dropout=0.25)
+        with initial_values(seed):
+            self.head = Head(3, (8,), dropout=0.25)
         self.head.build((None, FEATURES))
         self.replicas = Replicas()
 
